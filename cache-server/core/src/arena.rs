@@ -1,0 +1,161 @@
+//! Room in the host arena: chunks, the slot classes that own them, and which slot holds what. A chunk belongs to one
+//! (tenant, slot size) at a time and goes back to the common pool when its last slot is freed. Bytes are elsewhere.
+
+use crate::index::EntryId;
+use std::collections::BTreeSet;
+
+/// One slot: the `index`-th of its chunk. Its byte offset there is `index ×` the slot size of its space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId {
+    /// Which chunk.
+    pub chunk: u32,
+    /// Which slot of it.
+    pub index: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct ClassId(pub(crate) u32);
+
+/// What a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Occupant {
+    Free,
+    Reserved,
+    Block(EntryId),
+}
+
+#[derive(Default)]
+struct Chunk {
+    class: Option<ClassId>,
+    occupants: Vec<Occupant>,
+    free: Vec<u32>,
+}
+
+struct Class {
+    slots_per_chunk: u32,
+    chunks: BTreeSet<u32>,
+    /// Chunks with a free slot.
+    open: BTreeSet<u32>,
+}
+
+pub(crate) struct Arena {
+    chunk_bytes: u64,
+    chunks: Vec<Chunk>,
+    free_chunks: BTreeSet<u32>,
+    classes: Vec<Class>,
+    used_slots: usize,
+}
+
+impl Arena {
+    pub(crate) fn new(chunks: u32, chunk_bytes: u64) -> Self {
+        Self {
+            chunk_bytes,
+            chunks: (0..chunks).map(|_| Chunk::default()).collect(),
+            free_chunks: (0..chunks).collect(),
+            classes: Vec::new(),
+            used_slots: 0,
+        }
+    }
+
+    /// `slot_bytes` must be at most a chunk.
+    pub(crate) fn add_class(&mut self, slot_bytes: u64) -> ClassId {
+        let slots_per_chunk = u32::try_from(self.chunk_bytes / slot_bytes).unwrap_or(u32::MAX);
+        self.classes.push(Class {
+            slots_per_chunk,
+            chunks: BTreeSet::new(),
+            open: BTreeSet::new(),
+        });
+        ClassId(self.classes.len() as u32 - 1)
+    }
+
+    /// A slot, marked as reserved, from the class's own chunks or from the pool.
+    pub(crate) fn take(&mut self, class_id: ClassId) -> Option<SlotId> {
+        let class = &mut self.classes[class_id.0 as usize];
+        let chunk_id = match class.open.first() {
+            Some(chunk) => *chunk,
+            None => {
+                let chunk_id = self.free_chunks.pop_first()?;
+                let chunk = &mut self.chunks[chunk_id as usize];
+                chunk.class = Some(class_id);
+                chunk.occupants = vec![Occupant::Free; class.slots_per_chunk as usize];
+                chunk.free = (0..class.slots_per_chunk).rev().collect();
+                class.chunks.insert(chunk_id);
+                class.open.insert(chunk_id);
+                chunk_id
+            }
+        };
+        let chunk = &mut self.chunks[chunk_id as usize];
+        let index = chunk.free.pop()?;
+        if chunk.free.is_empty() {
+            class.open.remove(&chunk_id);
+        }
+        chunk.occupants[index as usize] = Occupant::Reserved;
+        self.used_slots += 1;
+        Some(SlotId {
+            chunk: chunk_id,
+            index,
+        })
+    }
+
+    /// A reserved slot now holds a block.
+    pub(crate) fn occupy(&mut self, slot: SlotId, id: EntryId) {
+        self.chunks[slot.chunk as usize].occupants[slot.index as usize] = Occupant::Block(id);
+    }
+
+    /// A slot holds nothing any more.
+    pub(crate) fn give_back(&mut self, slot: SlotId) {
+        let chunk = &mut self.chunks[slot.chunk as usize];
+        let Some(class_id) = chunk.class else { return };
+        chunk.occupants[slot.index as usize] = Occupant::Free;
+        chunk.free.push(slot.index);
+        self.used_slots -= 1;
+        let class = &mut self.classes[class_id.0 as usize];
+        if chunk.free.len() == chunk.occupants.len() {
+            *chunk = Chunk::default();
+            class.chunks.remove(&slot.chunk);
+            class.open.remove(&slot.chunk);
+            self.free_chunks.insert(slot.chunk);
+        } else {
+            class.open.insert(slot.chunk);
+        }
+    }
+
+    /// Chunks that a class owns.
+    pub(crate) fn chunks_of(&self, class: ClassId) -> impl Iterator<Item = u32> + '_ {
+        self.classes[class.0 as usize].chunks.iter().copied()
+    }
+
+    pub(crate) fn chunk_count(&self, class: ClassId) -> usize {
+        self.classes[class.0 as usize].chunks.len()
+    }
+
+    pub(crate) fn occupants(&self, chunk: u32) -> &[Occupant] {
+        &self.chunks[chunk as usize].occupants
+    }
+
+    pub(crate) fn total_chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    pub(crate) fn free_chunks(&self) -> usize {
+        self.free_chunks.len()
+    }
+
+    pub(crate) fn used_slots(&self) -> usize {
+        self.used_slots
+    }
+
+    pub(crate) fn chunk_bytes(&self) -> u64 {
+        self.chunk_bytes
+    }
+
+    /// Reserved slots and slots with blocks, recounted.
+    pub(crate) fn recount(&self) -> (usize, usize) {
+        let all = self.chunks.iter().flat_map(|chunk| &chunk.occupants);
+        all.fold((0, 0), |(reserved, blocks), occupant| match occupant {
+            Occupant::Free => (reserved, blocks),
+            Occupant::Reserved => (reserved + 1, blocks),
+            Occupant::Block(_) => (reserved, blocks + 1),
+        })
+    }
+}

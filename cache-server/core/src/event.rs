@@ -1,0 +1,348 @@
+//! What can happen to a core, and what follows. Plain data: no behaviour.
+
+use crate::SlotId;
+use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, SpaceId, Tier};
+use thiserror::Error;
+
+/// Milliseconds since an arbitrary start. Never goes backwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Millis(pub u64);
+
+impl Millis {
+    /// This many milliseconds later.
+    #[must_use]
+    pub const fn plus(self, ms: u64) -> Self {
+        Self(self.0.saturating_add(ms))
+    }
+
+    /// Milliseconds since `earlier`.
+    pub const fn since(self, earlier: Self) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+}
+
+/// One client's presence. Everything it holds ends with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+/// A right to read a run of blocks until a deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseId(pub u64);
+
+/// A right to fill slots until a deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReservationId(pub u64);
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event<'a> {
+    /// A client arrived.
+    OpenSession,
+    /// A client left or was lost.
+    EndSession(SessionId),
+    /// A client declares a key space.
+    OpenSpace {
+        /// Who.
+        session: SessionId,
+        /// What.
+        space: &'a KeySpace,
+    },
+    /// A client asks for the longest resident run of a chain.
+    Lookup {
+        /// Who.
+        session: SessionId,
+        /// Where.
+        space: SpaceId,
+        /// The chain, first block first.
+        hashes: &'a [BlockHash],
+        /// How long the run stays readable.
+        ttl_ms: u32,
+    },
+    /// A client wants its lease to last longer.
+    Renew {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+        /// From now.
+        ttl_ms: u32,
+    },
+    /// A client is done with a lease. Unknown leases are ignored: they may just have expired.
+    Release {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+    },
+    /// The server is about to read leased slots. They keep their bytes until the matching [`Event::EndRead`], even if
+    /// the lease ends before.
+    BeginRead {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+        /// First position in the run.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// The server finished a read.
+    EndRead(LeaseId),
+    /// A client wants room for the blocks of a chain.
+    Reserve {
+        /// Who.
+        session: SessionId,
+        /// Where.
+        space: SpaceId,
+        /// The block before the first; `None` at the start of a prompt.
+        parent: Option<BlockHash>,
+        /// The blocks, in chain order.
+        hashes: &'a [BlockHash],
+        /// How long the room is kept.
+        ttl_ms: u32,
+    },
+    /// The server is about to write reserved slots. They are not reused until the matching [`Event::EndFill`].
+    BeginFill {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        reservation: ReservationId,
+    },
+    /// All bytes of one reserved block arrived and matched their checksum.
+    Commit {
+        /// Which reservation, in a fill.
+        reservation: ReservationId,
+        /// Which of its blocks.
+        block: usize,
+        /// Checksum of the bytes in the slot.
+        checksum: Checksum,
+    },
+    /// The server finished writing; what was not committed is given up.
+    EndFill(ReservationId),
+    /// A client gives up a reservation.
+    Abort {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        reservation: ReservationId,
+    },
+    /// The server found that the bytes of a resident block do not match their checksum.
+    Quarantine {
+        /// Where.
+        space: SpaceId,
+        /// Which.
+        hash: BlockHash,
+    },
+    /// An administrator removes all blocks of a space.
+    Flush(SpaceId),
+    /// Somebody asks where a block is.
+    Explain {
+        /// Where.
+        space: SpaceId,
+        /// Which.
+        hash: BlockHash,
+    },
+    /// Time went by.
+    Tick,
+}
+
+/// What follows from one event.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// The answer to whoever caused the event.
+    pub reply: Reply,
+    /// Blocks that left the index.
+    pub removed: Vec<Removed>,
+}
+
+/// A block that left the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Removed {
+    /// Its hash.
+    pub hash: BlockHash,
+    /// Why.
+    pub reason: MissReason,
+}
+
+/// The answer to one event.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub enum Reply {
+    /// Nothing to say.
+    #[default]
+    Done,
+    /// To [`Event::OpenSession`].
+    Session(SessionId),
+    /// To [`Event::Lookup`].
+    Found {
+        /// Present when at least one block is resident.
+        lease: Option<LeaseId>,
+        /// One for each block asked for.
+        outcomes: Vec<Outcome>,
+        /// One for each leased block.
+        checksums: Vec<Checksum>,
+    },
+    /// To [`Event::BeginRead`].
+    Read {
+        /// The space of all of them.
+        space: SpaceId,
+        /// In run order.
+        slots: Vec<ReadSlot>,
+    },
+    /// To [`Event::Reserve`].
+    Reserved {
+        /// Present when at least one block was granted.
+        reservation: Option<ReservationId>,
+        /// One for each block asked for.
+        grants: Vec<Grant>,
+    },
+    /// To [`Event::BeginFill`].
+    Fill {
+        /// The space of all of them.
+        space: SpaceId,
+        /// The granted blocks.
+        slots: Vec<FillSlot>,
+    },
+    /// To [`Event::Commit`].
+    Committed(CommitOutcome),
+    /// To [`Event::Flush`]: how many blocks left the index.
+    Flushed(u64),
+    /// To [`Event::Explain`].
+    Explained(BlockState),
+    /// The event was not applied.
+    Refused(Refusal),
+}
+
+/// A slot to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadSlot {
+    /// Where the bytes are.
+    pub slot: SlotId,
+    /// Whose they are.
+    pub hash: BlockHash,
+    /// What they must add up to.
+    pub checksum: Checksum,
+}
+
+/// A slot to fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FillSlot {
+    /// Position in the reservation.
+    pub block: usize,
+    /// Where the bytes go.
+    pub slot: SlotId,
+    /// Whose they are.
+    pub hash: BlockHash,
+}
+
+/// What a client may do about one block that it offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grant {
+    /// Send the bytes.
+    Granted,
+    /// Nothing to do.
+    AlreadyStored,
+    /// No room at the moment.
+    NoSpace,
+    /// The chain is broken before this block.
+    ParentMissing,
+}
+
+/// What became of a filled block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommitOutcome {
+    /// It is visible now.
+    Committed,
+    /// An earlier copy stays; this one was dropped.
+    Duplicate,
+    /// The reservation ran out.
+    Expired,
+    /// The block before it is gone or was never committed.
+    ParentMissing,
+    /// There is no such block in the reservation, or it was committed already.
+    NotReserved,
+}
+
+/// Where a block is, or what became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockState {
+    /// Resident.
+    Resident {
+        /// In this tier.
+        tier: Tier,
+        /// Size of its slot.
+        bytes: u64,
+        /// Leases on it now.
+        leases: u32,
+        /// Since it was last touched.
+        idle_ms: u64,
+        /// Of its bytes.
+        checksum: Checksum,
+        /// Whether all blocks before it are resident.
+        reachable: bool,
+    },
+    /// Not resident.
+    Absent {
+        /// Why.
+        reason: MissReason,
+        /// Since when; 0 when never stored.
+        ago_ms: u64,
+    },
+}
+
+/// One space's share, for administrators.
+#[derive(Clone, Debug)]
+pub struct SpaceUsage {
+    /// The space.
+    pub space: KeySpace,
+    /// Its blocks.
+    pub resident_blocks: u64,
+}
+
+/// Why an event was not applied.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// The session ended, or belongs to an earlier start of the server.
+    #[error("unknown session: open a new one")]
+    UnknownSession,
+    /// The space was not declared.
+    #[error("unknown key space: call OpenSpace first")]
+    UnknownSpace,
+    /// The lease ended.
+    #[error("unknown or expired lease: look the blocks up again")]
+    UnknownLease,
+    /// The reservation ended or never was.
+    #[error("unknown or expired reservation: call Reserve before Publish")]
+    UnknownReservation,
+    /// Another stream is filling this reservation.
+    #[error("the reservation is being filled by another stream")]
+    FillInProgress,
+    /// The positions are outside the lease.
+    #[error("positions {first}..{end} are outside the lease, which has {blocks} blocks")]
+    OutsideLease {
+        /// First position asked for.
+        first: usize,
+        /// One past the last.
+        end: usize,
+        /// Blocks of the lease.
+        blocks: usize,
+    },
+    /// A limit of the session or server is reached.
+    #[error("at most {max} {what}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// The limit.
+        max: usize,
+    },
+    /// The tenant is not configured.
+    #[error("tenant {0:?} is not configured on this server")]
+    UnknownTenant(String),
+    /// No chunk can hold such a block.
+    #[error("blocks of {block_bytes} bytes do not fit chunks of {chunk_bytes} bytes: raise chunk_mib")]
+    BlockTooLarge {
+        /// Bytes of a slot of this space.
+        block_bytes: u64,
+        /// Bytes of a chunk.
+        chunk_bytes: u64,
+    },
+}

@@ -1,0 +1,230 @@
+//! Reading: lookups, leases, and reads in progress.
+
+use crate::index::EntryId;
+use crate::state::Core;
+use crate::timers::Timer;
+use crate::{LeaseId, Millis, ReadSlot, Refusal, Reply, SessionId};
+use cairn_proto::{BlockHash, MissReason, Outcome, SpaceId, Tier};
+
+pub(crate) struct Lease {
+    pub(crate) session: SessionId,
+    pub(crate) space: u32,
+    pub(crate) deadline: Millis,
+    /// The run, first block first. Each entry carries one pin of this lease.
+    pub(crate) run: Vec<EntryId>,
+    /// Reads in progress.
+    pub(crate) reads: u32,
+    /// Ended while a read was in progress: invisible to its session, released with the last read.
+    pub(crate) ended: bool,
+}
+
+impl Core {
+    /// Walks the chain to its first hole, leases what is before it, and says for every block what became of it.
+    pub(crate) fn lookup(
+        &mut self,
+        now: Millis,
+        session: SessionId,
+        space: SpaceId,
+        hashes: &[BlockHash],
+        ttl_ms: u32,
+    ) -> Result<Reply, Refusal> {
+        let held = self.session(session)?.leases.len();
+        let space = self.spaces.find(&space)?;
+        let mut run: Vec<EntryId> = Vec::with_capacity(hashes.len());
+        run.extend(hashes.iter().map_while(|hash| self.index.find(space, hash)));
+        self.spaces.class_of(space).used = now;
+        let busy = held >= self.config.max_leases_per_session;
+        let mut outcomes = Vec::with_capacity(hashes.len());
+        outcomes.resize(
+            run.len(),
+            if busy {
+                Outcome::Busy
+            } else {
+                Outcome::Hit(Tier::Host)
+            },
+        );
+        if let Some(hole) = hashes.get(run.len()) {
+            let known = self.history.find(space, hole);
+            outcomes.push(Outcome::Miss(
+                known.map_or(MissReason::NeverStored, |(reason, _)| reason),
+            ));
+            outcomes.resize(hashes.len(), Outcome::Miss(MissReason::ParentMissing));
+        }
+        self.counters.lookup(&outcomes);
+        if run.is_empty() || busy {
+            return Ok(Reply::Found {
+                lease: None,
+                outcomes,
+                checksums: Vec::new(),
+            });
+        }
+        let checksums = self.touch_and_pin(now, space, &run);
+        let lease = LeaseId(self.next_id());
+        let deadline = now.plus(u64::from(ttl_ms));
+        self.timers.set(deadline, Timer::Lease(lease));
+        self.leases.insert(
+            lease,
+            Lease {
+                session,
+                space,
+                deadline,
+                run,
+                reads: 0,
+                ended: false,
+            },
+        );
+        self.session(session)?.leases.insert(lease);
+        Ok(Reply::Found {
+            lease: Some(lease),
+            outcomes,
+            checksums,
+        })
+    }
+
+    /// Tail first, so that the head of the chain ends most recent.
+    fn touch_and_pin(&mut self, now: Millis, space: u32, run: &[EntryId]) -> Vec<cairn_proto::Checksum> {
+        let class = self.spaces.class_of(space);
+        let mut checksums = Vec::with_capacity(run.len());
+        for id in run.iter().rev() {
+            let entry = &mut self.index[*id];
+            entry.touched = now;
+            class.evictable -= usize::from(entry.pins == 0);
+            entry.pins += 1;
+            checksums.push(entry.checksum);
+            if entry.ordered {
+                class.policy.touch(&mut self.nodes, *id);
+            }
+        }
+        checksums.reverse();
+        checksums
+    }
+
+    pub(crate) fn renew(
+        &mut self,
+        now: Millis,
+        session: SessionId,
+        id: LeaseId,
+        ttl_ms: u32,
+    ) -> Result<Reply, Refusal> {
+        let lease = visible(&mut self.leases, session, id)?;
+        self.timers.clear(lease.deadline, Timer::Lease(id));
+        lease.deadline = now.plus(u64::from(ttl_ms));
+        self.timers.set(lease.deadline, Timer::Lease(id));
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn release(&mut self, session: SessionId, id: LeaseId) -> Result<Reply, Refusal> {
+        self.session(session)?;
+        if let Ok(lease) = visible(&mut self.leases, session, id) {
+            self.timers.clear(lease.deadline, Timer::Lease(id));
+            self.end_lease(id);
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn begin_read(
+        &mut self,
+        session: SessionId,
+        id: LeaseId,
+        first: usize,
+        count: usize,
+    ) -> Result<Reply, Refusal> {
+        let lease = visible(&mut self.leases, session, id)?;
+        let end = first.saturating_add(count);
+        let Some(run) = lease.run.get(first..end) else {
+            return Err(Refusal::OutsideLease {
+                first,
+                end,
+                blocks: lease.run.len(),
+            });
+        };
+        let slot = |id: &EntryId| {
+            let entry = &self.index[*id];
+            ReadSlot {
+                slot: entry.slot,
+                hash: entry.hash,
+                checksum: entry.checksum,
+            }
+        };
+        let slots = run.iter().map(slot).collect();
+        lease.reads += 1;
+        Ok(Reply::Read {
+            space: self.spaces[lease.space].key.id(),
+            slots,
+        })
+    }
+
+    pub(crate) fn end_read(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
+        lease.reads -= 1;
+        if lease.ended && lease.reads == 0 {
+            self.free_lease(id);
+        }
+    }
+
+    /// The lease's timer fired.
+    pub(crate) fn expire_lease(&mut self, id: LeaseId) {
+        self.counters.expired_leases += 1;
+        self.end_lease(id);
+    }
+
+    /// Ends a lease whose timer is already cleared: at once, or with its last read.
+    pub(crate) fn end_lease(&mut self, id: LeaseId) {
+        let Some(lease) = self.leases.get_mut(&id) else {
+            return;
+        };
+        lease.ended = true;
+        let (session, reading) = (lease.session, lease.reads > 0);
+        if let Some(session) = self.sessions.get_mut(&session) {
+            session.leases.remove(&id);
+        }
+        if !reading {
+            self.free_lease(id);
+        }
+    }
+
+    fn free_lease(&mut self, id: LeaseId) {
+        if let Some(lease) = self.leases.remove(&id) {
+            for entry in lease.run {
+                self.unpin(entry);
+            }
+        }
+    }
+
+    /// Ends everything that a session holds.
+    pub(crate) fn end_session(&mut self, now: Millis, id: SessionId) -> Result<Reply, Refusal> {
+        let session = self.sessions.remove(&id).ok_or(Refusal::UnknownSession)?;
+        for lease in session.leases {
+            let deadline = self.leases.get(&lease).map(|lease| lease.deadline);
+            self.timers
+                .clear(deadline.unwrap_or_default(), Timer::Lease(lease));
+            self.end_lease(lease);
+        }
+        for reservation in session.reservations {
+            self.abandon_reservation(now, reservation);
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn expire(&mut self, now: Millis) {
+        while let Some(timer) = self.timers.due(now) {
+            match timer {
+                Timer::Lease(lease) => self.expire_lease(lease),
+                Timer::Reservation(reservation) => self.expire_reservation(now, reservation),
+            }
+        }
+    }
+}
+
+fn visible(
+    leases: &mut std::collections::BTreeMap<LeaseId, Lease>,
+    session: SessionId,
+    id: LeaseId,
+) -> Result<&mut Lease, Refusal> {
+    let lease = leases
+        .get_mut(&id)
+        .filter(|lease| lease.session == session && !lease.ended);
+    lease.ok_or(Refusal::UnknownLease)
+}

@@ -1,0 +1,31 @@
+//! The decisions of a cache server: which blocks are resident, who may read or fill which slot, what has to go.
+//!
+//! [`Core::apply`] takes one event and the time it happened and returns what follows from it. There is no IO, no clock,
+//! no randomness and no thread in this package, so any history can be replayed. Bytes are elsewhere: the core
+//! hands out [`SlotId`]s and never sees what is in them.
+
+#![forbid(unsafe_code)]
+
+mod arena;
+mod audit;
+mod config;
+mod counters;
+mod event;
+mod history;
+mod index;
+mod lease;
+pub mod policy;
+mod reserve;
+mod spaces;
+mod state;
+mod timers;
+
+pub use arena::SlotId;
+pub use config::{ConfigError, CoreConfig, TenantQuota};
+pub use counters::{Counters, Usage};
+pub use event::{
+    BlockState, CommitOutcome, Effects, Event, FillSlot, Grant, LeaseId, Millis, ReadSlot, Refusal, Removed,
+    Reply, ReservationId, SessionId, SpaceUsage,
+};
+pub use policy::PolicyKind;
+pub use state::Core;

@@ -1,0 +1,147 @@
+//! Key spaces, the tenants that own them, and the slot classes that their blocks live in.
+
+use crate::arena::ClassId;
+use crate::policy::Policy;
+use crate::{CoreConfig, Millis, Refusal};
+use cairn_proto::{KeySpace, SpaceId};
+use std::collections::BTreeMap;
+
+pub(crate) struct Space {
+    pub(crate) key: KeySpace,
+    pub(crate) class: ClassId,
+    pub(crate) resident: u64,
+}
+
+pub(crate) struct Class {
+    pub(crate) tenant: usize,
+    pub(crate) slot_bytes: u64,
+    pub(crate) policy: Box<dyn Policy>,
+    /// Resident blocks without pins.
+    pub(crate) evictable: usize,
+    /// When anything of the class was last asked for or offered.
+    pub(crate) used: Millis,
+}
+
+pub(crate) struct Tenant {
+    name: String,
+    pub(crate) max_blocks: Option<u64>,
+    /// Slots in use: resident, reserved, or removed but still read.
+    pub(crate) slots: u64,
+}
+
+impl Tenant {
+    pub(crate) fn at_quota(&self) -> bool {
+        self.max_blocks.is_some_and(|max| self.slots >= max)
+    }
+}
+
+pub(crate) struct Spaces {
+    spaces: Vec<Space>,
+    by_id: BTreeMap<SpaceId, u32>,
+    pub(crate) classes: Vec<Class>,
+    pub(crate) tenants: Vec<Tenant>,
+    /// Tenants that are not configured may come.
+    open_to_all: bool,
+    max: usize,
+}
+
+impl Spaces {
+    pub(crate) fn new(config: &CoreConfig) -> Self {
+        let tenant = |quota: &crate::TenantQuota| Tenant {
+            name: quota.name.clone(),
+            max_blocks: quota.max_blocks,
+            slots: 0,
+        };
+        Self {
+            spaces: Vec::new(),
+            by_id: BTreeMap::new(),
+            classes: Vec::new(),
+            tenants: config.tenants.iter().map(tenant).collect(),
+            open_to_all: config.tenants.is_empty(),
+            max: config.max_spaces,
+        }
+    }
+
+    pub(crate) fn find(&self, id: &SpaceId) -> Result<u32, Refusal> {
+        self.by_id.get(id).copied().ok_or(Refusal::UnknownSpace)
+    }
+
+    /// Adds a space in an existing or new class.
+    pub(crate) fn open(
+        &mut self,
+        key: &KeySpace,
+        slot_bytes: u64,
+        new_class: impl FnOnce() -> (ClassId, Box<dyn Policy>),
+    ) -> Result<(), Refusal> {
+        if self.by_id.contains_key(&key.id()) {
+            return Ok(());
+        }
+        if self.spaces.len() >= self.max {
+            return Err(Refusal::TooMany {
+                what: "key spaces on this server",
+                max: self.max,
+            });
+        }
+        let tenant = self.tenant(&key.parts().tenant)?;
+        let same = |class: &Class| class.tenant == tenant && class.slot_bytes == slot_bytes;
+        let class = match self.classes.iter().position(same) {
+            Some(position) => ClassId(position as u32),
+            None => {
+                let (id, policy) = new_class();
+                self.classes.push(Class {
+                    tenant,
+                    slot_bytes,
+                    policy,
+                    evictable: 0,
+                    used: Millis(0),
+                });
+                id
+            }
+        };
+        self.by_id.insert(key.id(), self.spaces.len() as u32);
+        self.spaces.push(Space {
+            key: key.clone(),
+            class,
+            resident: 0,
+        });
+        Ok(())
+    }
+
+    fn tenant(&mut self, name: &str) -> Result<usize, Refusal> {
+        if let Some(position) = self.tenants.iter().position(|tenant| tenant.name == name) {
+            return Ok(position);
+        }
+        if !self.open_to_all {
+            return Err(Refusal::UnknownTenant(name.to_owned()));
+        }
+        self.tenants.push(Tenant {
+            name: name.to_owned(),
+            max_blocks: None,
+            slots: 0,
+        });
+        Ok(self.tenants.len() - 1)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Space> {
+        self.spaces.iter()
+    }
+
+    pub(crate) fn class_of(&mut self, space: u32) -> &mut Class {
+        let class = self.spaces[space as usize].class;
+        &mut self.classes[class.0 as usize]
+    }
+}
+
+impl std::ops::Index<u32> for Spaces {
+    type Output = Space;
+
+    fn index(&self, space: u32) -> &Space {
+        &self.spaces[space as usize]
+    }
+}
+
+impl std::ops::IndexMut<u32> for Spaces {
+    fn index_mut(&mut self, space: u32) -> &mut Space {
+        &mut self.spaces[space as usize]
+    }
+}

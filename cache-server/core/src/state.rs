@@ -1,0 +1,306 @@
+//! The one owner of all state, and the one way to change it. Rules that span parts (removal, pins, slots) are here;
+//! reading is in `lease`, writing in `reserve`.
+
+use crate::arena::Arena;
+use crate::history::History;
+use crate::index::{EntryId, EntryState, Index};
+use crate::lease::Lease;
+use crate::policy::Nodes;
+use crate::reserve::Reservation;
+use crate::spaces::Spaces;
+use crate::timers::Timers;
+use crate::{
+    BlockState, ConfigError, CoreConfig, Counters, Effects, Event, LeaseId, Millis, Refusal, Removed, Reply,
+    ReservationId, SessionId, SlotId, SpaceUsage, Usage,
+};
+use cairn_proto::{BlockHash, KeySpace, MissReason, SpaceId, Tier};
+use std::collections::{BTreeMap, BTreeSet};
+
+#[derive(Default)]
+pub(crate) struct Session {
+    pub(crate) leases: BTreeSet<LeaseId>,
+    pub(crate) reservations: BTreeSet<ReservationId>,
+}
+
+/// All decisions of one cache server. See the package documentation.
+pub struct Core {
+    pub(crate) config: CoreConfig,
+    pub(crate) index: Index,
+    pub(crate) nodes: Nodes,
+    pub(crate) arena: Arena,
+    pub(crate) spaces: Spaces,
+    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) leases: BTreeMap<LeaseId, Lease>,
+    pub(crate) reservations: BTreeMap<ReservationId, Reservation>,
+    pub(crate) timers: Timers,
+    pub(crate) history: History,
+    pub(crate) counters: Counters,
+    pub(crate) resident_bytes: u64,
+    last_id: u64,
+}
+
+impl Core {
+    /// An empty core.
+    ///
+    /// # Errors
+    /// When a setting cannot work.
+    pub fn new(config: CoreConfig) -> Result<Self, ConfigError> {
+        config.check()?;
+        Ok(Self {
+            index: Index::new(config.hash_seed),
+            nodes: Nodes::default(),
+            arena: Arena::new(config.host_chunks, config.chunk_bytes),
+            spaces: Spaces::new(&config),
+            sessions: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            reservations: BTreeMap::new(),
+            timers: Timers::default(),
+            history: History::new(config.history_entries),
+            counters: Counters::default(),
+            resident_bytes: 0,
+            last_id: 0,
+            config,
+        })
+    }
+
+    /// Applies one event that happened at `now`, after everything that was due before it.
+    pub fn apply(&mut self, now: Millis, event: Event<'_>) -> Effects {
+        let mut effects = Effects::default();
+        self.expire(now);
+        let reply = match event {
+            Event::OpenSession => Ok(self.open_session()),
+            Event::EndSession(session) => self.end_session(now, session),
+            Event::OpenSpace { session, space } => self.open_space(now, session, space),
+            Event::Lookup {
+                session,
+                space,
+                hashes,
+                ttl_ms,
+            } => self.lookup(now, session, space, hashes, ttl_ms),
+            Event::Renew {
+                session,
+                lease,
+                ttl_ms,
+            } => self.renew(now, session, lease, ttl_ms),
+            Event::Release { session, lease } => self.release(session, lease),
+            Event::BeginRead {
+                session,
+                lease,
+                first,
+                count,
+            } => self.begin_read(session, lease, first, count),
+            Event::EndRead(lease) => {
+                self.end_read(lease);
+                Ok(Reply::Done)
+            }
+            Event::Reserve {
+                session,
+                space,
+                parent,
+                hashes,
+                ttl_ms,
+            } => self.reserve(now, (session, space), parent, (hashes, ttl_ms), &mut effects),
+            Event::BeginFill { session, reservation } => self.begin_fill(session, reservation),
+            Event::Commit {
+                reservation,
+                block,
+                checksum,
+            } => Ok(Reply::Committed(self.commit(now, reservation, block, checksum))),
+            Event::EndFill(reservation) => {
+                self.end_fill(now, reservation);
+                Ok(Reply::Done)
+            }
+            Event::Abort { session, reservation } => self.abort(now, session, reservation),
+            Event::Quarantine { space, hash } => self.quarantine(now, space, hash, &mut effects),
+            Event::Flush(space) => self.flush(now, space, &mut effects),
+            Event::Explain { space, hash } => self.explain(now, space, &hash),
+            Event::Tick => Ok(Reply::Done),
+        };
+        effects.reply = reply.unwrap_or_else(Reply::Refused);
+        effects
+    }
+
+    /// Totals since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// What is held now.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            sessions: self.sessions.len(),
+            leases: self.leases.len(),
+            reservations: self.reservations.len(),
+            resident_blocks: self.index.len(),
+            resident_bytes: self.resident_bytes,
+            used_slots: self.arena.used_slots(),
+            free_chunks: self.arena.free_chunks(),
+        }
+    }
+
+    /// Every declared space and what it holds.
+    pub fn spaces(&self) -> Vec<SpaceUsage> {
+        let usage = |space: &crate::spaces::Space| SpaceUsage {
+            space: space.key.clone(),
+            resident_blocks: space.resident,
+        };
+        self.spaces.iter().map(usage).collect()
+    }
+
+    /// A declared space, and the bytes of its slots.
+    pub fn space(&self, id: &SpaceId) -> Option<(&KeySpace, u64)> {
+        let space = &self.spaces[self.spaces.find(id).ok()?];
+        Some((&space.key, self.spaces.classes[space.class.0 as usize].slot_bytes))
+    }
+
+    fn open_session(&mut self) -> Reply {
+        let id = SessionId(self.next_id());
+        self.sessions.insert(id, Session::default());
+        Reply::Session(id)
+    }
+
+    fn open_space(&mut self, now: Millis, session: SessionId, key: &KeySpace) -> Result<Reply, Refusal> {
+        self.session(session)?;
+        let slot_bytes = key.block_bytes().next_multiple_of(self.config.slot_align_bytes);
+        let chunk_bytes = self.arena.chunk_bytes();
+        if slot_bytes > chunk_bytes {
+            return Err(Refusal::BlockTooLarge {
+                block_bytes: slot_bytes,
+                chunk_bytes,
+            });
+        }
+        let Self {
+            spaces,
+            arena,
+            config,
+            ..
+        } = self;
+        spaces.open(key, slot_bytes, || {
+            (arena.add_class(slot_bytes), config.policy.build())
+        })?;
+        let space = self.spaces.find(&key.id())?;
+        self.spaces.class_of(space).used = now;
+        Ok(Reply::Done)
+    }
+
+    fn quarantine(
+        &mut self,
+        now: Millis,
+        space: SpaceId,
+        hash: BlockHash,
+        effects: &mut Effects,
+    ) -> Result<Reply, Refusal> {
+        let space = self.spaces.find(&space)?;
+        if let Some(id) = self.index.find(space, &hash) {
+            self.remove(now, id, MissReason::Quarantined, effects);
+        }
+        Ok(Reply::Done)
+    }
+
+    fn flush(&mut self, now: Millis, space: SpaceId, effects: &mut Effects) -> Result<Reply, Refusal> {
+        let space = self.spaces.find(&space)?;
+        let of_space = |(id, entry): (EntryId, &crate::index::Entry)| {
+            (entry.space == space && entry.state == EntryState::Resident).then_some(id)
+        };
+        let blocks: Vec<EntryId> = self.index.occupied().filter_map(of_space).collect();
+        for id in &blocks {
+            self.remove(now, *id, MissReason::Removed, effects);
+        }
+        Ok(Reply::Flushed(blocks.len() as u64))
+    }
+
+    fn explain(&self, now: Millis, space: SpaceId, hash: &BlockHash) -> Result<Reply, Refusal> {
+        let space = self.spaces.find(&space)?;
+        let Some(id) = self.index.find(space, hash) else {
+            let (reason, at) = self
+                .history
+                .find(space, hash)
+                .unwrap_or((MissReason::NeverStored, now));
+            return Ok(Reply::Explained(BlockState::Absent {
+                reason,
+                ago_ms: now.since(at),
+            }));
+        };
+        let entry = &self.index[id];
+        Ok(Reply::Explained(BlockState::Resident {
+            tier: Tier::Host,
+            bytes: self.spaces.classes[self.spaces[space].class.0 as usize].slot_bytes,
+            leases: entry.pins,
+            idle_ms: now.since(entry.touched),
+            checksum: entry.checksum,
+            reachable: self.reachable(space, id),
+        }))
+    }
+
+    fn reachable(&self, space: u32, mut id: EntryId) -> bool {
+        while let Some(parent) = &self.index[id].parent {
+            match self.index.find(space, parent) {
+                Some(parent) => id = parent,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    pub(crate) fn session(&mut self, id: SessionId) -> Result<&mut Session, Refusal> {
+        self.sessions.get_mut(&id).ok_or(Refusal::UnknownSession)
+    }
+
+    /// Ids of sessions, leases and reservations are never reused.
+    pub(crate) fn next_id(&mut self) -> u64 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    /// Takes a resident block out of the index. Its slot is free at once, or when its last pin is gone.
+    pub(crate) fn remove(&mut self, now: Millis, id: EntryId, reason: MissReason, effects: &mut Effects) {
+        let entry = &self.index[id];
+        let (space, hash, pinned, ordered) = (entry.space, entry.hash, entry.pins > 0, entry.ordered);
+        self.index.doom(id);
+        self.spaces[space].resident -= 1;
+        let class = self.spaces.class_of(space);
+        if ordered {
+            class.policy.remove(&mut self.nodes, id);
+        }
+        self.resident_bytes -= class.slot_bytes;
+        match reason {
+            MissReason::Evicted => self.counters.evicted_blocks += 1,
+            MissReason::Quarantined => self.counters.quarantined_blocks += 1,
+            _ => {}
+        }
+        self.history.record(space, &hash, reason, now);
+        effects.removed.push(Removed { hash, reason });
+        if !pinned {
+            self.spaces.class_of(space).evictable -= 1;
+            self.free_entry(id);
+        }
+    }
+
+    pub(crate) fn unpin(&mut self, id: EntryId) {
+        let entry = &mut self.index[id];
+        entry.pins -= 1;
+        if entry.pins > 0 {
+            return;
+        }
+        match entry.state {
+            EntryState::Doomed => self.free_entry(id),
+            _ => {
+                let space = entry.space;
+                self.spaces.class_of(space).evictable += 1;
+            }
+        }
+    }
+
+    fn free_entry(&mut self, id: EntryId) {
+        let entry = &self.index[id];
+        let (space, slot) = (entry.space, entry.slot);
+        self.index.free(id);
+        self.free_slot(space, slot);
+    }
+
+    pub(crate) fn free_slot(&mut self, space: u32, slot: SlotId) {
+        self.arena.give_back(slot);
+        let tenant = self.spaces.class_of(space).tenant;
+        self.spaces.tenants[tenant].slots -= 1;
+    }
+}

@@ -1,0 +1,22 @@
+//! Compiles the API definition with a pure-Rust protobuf compiler, so that no system package is needed.
+
+use std::path::Path;
+
+const FILES: [&str; 4] = [
+    "cairn/v1/types.proto",
+    "cairn/v1/cache.proto",
+    "cairn/v1/admin.proto",
+    "cairn/v1/worker.proto",
+];
+
+fn main() {
+    for file in FILES {
+        println!("cargo:rerun-if-changed={file}");
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let descriptors = protox::compile(FILES, [root]).expect("the .proto files of this package compile");
+    tonic_prost_build::configure()
+        .bytes(".")
+        .compile_fds(descriptors)
+        .expect("code generation from valid descriptors succeeds");
+}
