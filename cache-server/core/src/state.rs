@@ -138,6 +138,11 @@ impl Core {
         }
     }
 
+    /// What leaves when there is no room.
+    pub fn policy(&self) -> crate::PolicyKind {
+        self.config.policy
+    }
+
     /// Every declared space and what it holds.
     pub fn spaces(&self) -> Vec<SpaceUsage> {
         let usage = |space: &crate::spaces::Space| SpaceUsage {

@@ -1,0 +1,197 @@
+//! What a server tells Prometheus. Counters that the core keeps are read at each scrape; what only the server sees
+//! (bytes moved, corrupt arrivals, latencies) is counted here.
+
+use crate::engine::Engine;
+use cairn_core::{Counters, Usage};
+use cairn_proto::{MissReason, Tier};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use std::sync::Arc;
+
+type Labels = [(&'static str, &'static str); 1];
+
+/// Counted by the server itself.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// Block bytes sent.
+    pub fetched_bytes: Counter,
+    /// Block bytes received and committed.
+    pub published_bytes: Counter,
+    /// Blocks that arrived with bytes that did not match their checksum.
+    pub checksum_mismatches: Counter,
+    latency: Family<Labels, Histogram>,
+}
+
+impl Metrics {
+    /// Counters at zero, and the registry that shows them and the engine's.
+    pub fn new(engine: &Arc<Engine>) -> (Self, Registry) {
+        let latency = Family::new_with_constructor(latency_histogram as fn() -> Histogram);
+        let metrics = Self {
+            fetched_bytes: Counter::default(),
+            published_bytes: Counter::default(),
+            checksum_mismatches: Counter::default(),
+            latency,
+        };
+        let mut registry = Registry::with_prefix("cairn");
+        let Self {
+            fetched_bytes,
+            published_bytes,
+            checksum_mismatches,
+            latency,
+        } = metrics.clone();
+        registry.register_with_unit("fetched", "Block bytes sent", Unit::Bytes, fetched_bytes);
+        registry.register_with_unit("published", "Block bytes stored", Unit::Bytes, published_bytes);
+        let help = "Blocks whose bytes did not match their checksum on arrival";
+        registry.register("checksum_mismatches", help, checksum_mismatches);
+        registry.register_with_unit("request_duration", "Time to answer", Unit::Seconds, latency);
+        registry.register_collector(Box::new(CoreCollector(engine.clone())));
+        (metrics, registry)
+    }
+
+    /// Records how long one request took.
+    pub fn observe(&self, request: &'static str, since: std::time::Instant) {
+        self.latency
+            .get_or_create(&[("request", request)])
+            .observe(since.elapsed().as_secs_f64());
+    }
+}
+
+/// From 20 µs to 10 s.
+fn latency_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(20e-6, 2.0, 20))
+}
+
+struct CoreCollector(Arc<Engine>);
+
+impl std::fmt::Debug for CoreCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CoreCollector")
+    }
+}
+
+impl Collector for CoreCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (counters, usage) = self.0.inspect(|core| (core.counters().clone(), core.usage()));
+        encode_lookups(&mut encoder, &counters)?;
+        encode_totals(&mut encoder, &counters)?;
+        encode_usage(&mut encoder, &usage, self.0.capacity_bytes())
+    }
+}
+
+/// asked = hits by tier + misses by reason + busy.
+fn encode_lookups(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Result<(), std::fmt::Error> {
+    let tiers = Tier::ALL
+        .iter()
+        .zip(counters.hit_blocks)
+        .map(|(tier, n)| (tier.name(), n));
+    labelled(encoder, "hit_blocks", "Blocks found, by tier", "tier", tiers)?;
+    let reasons = MissReason::ALL
+        .iter()
+        .zip(counters.missed_blocks)
+        .map(|(reason, n)| (reason.name(), n));
+    labelled(
+        encoder,
+        "missed_blocks",
+        "Blocks not found, by reason",
+        "reason",
+        reasons,
+    )
+}
+
+fn labelled(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: impl Iterator<Item = (&'static str, u64)>,
+) -> Result<(), std::fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (value, count) in values {
+        let labels = [(label, value)];
+        ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+fn encode_totals(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Result<(), std::fmt::Error> {
+    let totals = [
+        (
+            "asked_blocks",
+            "Blocks asked for in lookups",
+            counters.asked_blocks,
+        ),
+        (
+            "busy_blocks",
+            "Blocks found but not leased for want of lease room",
+            counters.busy_blocks,
+        ),
+        (
+            "committed_blocks",
+            "Blocks made visible",
+            counters.committed_blocks,
+        ),
+        (
+            "duplicate_blocks",
+            "Blocks offered again and dropped",
+            counters.duplicate_blocks,
+        ),
+        ("evicted_blocks", "Blocks that made room", counters.evicted_blocks),
+        (
+            "quarantined_blocks",
+            "Blocks removed because their bytes were wrong",
+            counters.quarantined_blocks,
+        ),
+        (
+            "refused_blocks",
+            "Blocks offered and not given room",
+            counters.refused_blocks,
+        ),
+        (
+            "expired_leases",
+            "Leases ended by their deadline",
+            counters.expired_leases,
+        ),
+        (
+            "expired_reservations",
+            "Reservations ended by their deadline",
+            counters.expired_reservations,
+        ),
+    ];
+    for (name, help, value) in totals {
+        let counter = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        ConstCounter::new(value).encode(counter)?;
+    }
+    Ok(())
+}
+
+fn encode_usage(
+    encoder: &mut DescriptorEncoder<'_>,
+    usage: &Usage,
+    capacity_bytes: u64,
+) -> Result<(), std::fmt::Error> {
+    let gauges = [
+        ("sessions", "Clients connected", usage.sessions as u64),
+        ("leases", "Leases held", usage.leases as u64),
+        ("reservations", "Reservations held", usage.reservations as u64),
+        (
+            "resident_blocks",
+            "Blocks in the index",
+            usage.resident_blocks as u64,
+        ),
+        ("resident_bytes", "Bytes of their slots", usage.resident_bytes),
+        ("used_slots", "Slots that hold anything", usage.used_slots as u64),
+        ("free_chunks", "Chunks that nobody owns", usage.free_chunks as u64),
+        ("capacity_bytes", "Bytes of the host tier", capacity_bytes),
+    ];
+    for (name, help, value) in gauges {
+        let gauge = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(gauge)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,244 @@
+//! The `Cache` service.
+
+use super::{Context, fetch, publish, refused, session, unexpected};
+use cairn_core::{BlockState, Event, Grant, LeaseId, Reply, ReservationId, SessionId};
+use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, runs, wire};
+use futures::Stream;
+use std::pin::Pin;
+use std::time::Instant;
+use tonic::{Request, Response, Status, Streaming};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+pub(crate) struct CacheService(pub(crate) Context);
+
+#[tonic::async_trait]
+impl pb::cache_server::Cache for CacheService {
+    type SessionStream = Pin<Box<dyn Stream<Item = Result<pb::SessionEvent, Status>> + Send>>;
+    type FetchStream = fetch::FetchStream;
+
+    async fn session(&self, request: Request<pb::SessionRequest>) -> Answer<Self::SessionStream> {
+        Ok(Response::new(Box::pin(session::open(
+            &self.0,
+            request.get_ref(),
+        )?)))
+    }
+
+    async fn open_space(&self, request: Request<pb::OpenSpaceRequest>) -> Answer<pb::OpenSpaceResponse> {
+        let request = request.into_inner();
+        let space = request
+            .space
+            .as_ref()
+            .ok_or_else(|| Status::invalid_argument("space is missing"))?;
+        let space = KeySpace::try_from(space)?;
+        let event = Event::OpenSpace {
+            session: SessionId(request.session_id),
+            space: &space,
+        };
+        self.0.engine.apply(event).map_err(refused)?;
+        Ok(Response::new(pb::OpenSpaceResponse {
+            space_id: space.id().0.to_vec().into(),
+            block_bytes: space.block_bytes(),
+        }))
+    }
+
+    async fn lookup(&self, request: Request<pb::LookupRequest>) -> Answer<pb::LookupResponse> {
+        let started = Instant::now();
+        self.0.accepting()?;
+        let request = request.into_inner();
+        let hashes = BlockHash::parse_list(&request.block_hashes)?;
+        let ttl_ms = wire::clamp_ttl_ms(request.lease_ttl_ms);
+        let event = Event::Lookup {
+            session: SessionId(request.session_id),
+            space: SpaceId::try_from(request.space_id.as_ref())?,
+            hashes: &hashes,
+            ttl_ms,
+        };
+        let reply = self.0.engine.apply(event).map_err(refused)?;
+        let Reply::Found {
+            lease,
+            outcomes,
+            checksums,
+        } = reply
+        else {
+            return Err(unexpected());
+        };
+        self.0.metrics.observe("lookup", started);
+        Ok(Response::new(pb::LookupResponse {
+            lease_id: lease.map_or(0, |lease| lease.0),
+            lease_ttl_ms: ttl_ms,
+            outcomes: wire::outcome_runs(&outcomes),
+            checksums: checksums.iter().flat_map(|sum| sum.0).collect::<Vec<u8>>().into(),
+        }))
+    }
+
+    async fn fetch(&self, request: Request<pb::FetchRequest>) -> Answer<Self::FetchStream> {
+        fetch::stream(&self.0, request.get_ref()).map(Response::new)
+    }
+
+    async fn reserve(&self, request: Request<pb::ReserveRequest>) -> Answer<pb::ReserveResponse> {
+        let started = Instant::now();
+        self.0.accepting()?;
+        let request = request.into_inner();
+        let hashes = BlockHash::parse_list(&request.block_hashes)?;
+        let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
+        let event = Event::Reserve {
+            session: SessionId(request.session_id),
+            space: SpaceId::try_from(request.space_id.as_ref())?,
+            parent: wire::parse_parent(&request.parent_hash)?,
+            hashes: &hashes,
+            ttl_ms,
+        };
+        let reply = self.0.engine.apply(event).map_err(refused)?;
+        let Reply::Reserved { reservation, grants } = reply else {
+            return Err(unexpected());
+        };
+        let grant = |grant| match grant {
+            Grant::Granted => pb::Grant::Granted,
+            Grant::AlreadyStored => pb::Grant::AlreadyStored,
+            Grant::NoSpace => pb::Grant::NoSpace,
+            Grant::ParentMissing => pb::Grant::ParentMissing,
+        };
+        let packed = runs(&grants).map(|(count, run)| pb::GrantRun {
+            count,
+            grant: grant(run).into(),
+        });
+        self.0.metrics.observe("reserve", started);
+        Ok(Response::new(pb::ReserveResponse {
+            reservation_id: reservation.map_or(0, |reservation| reservation.0),
+            grants: packed.collect(),
+            ttl_ms,
+        }))
+    }
+
+    async fn publish(&self, request: Request<Streaming<pb::PublishChunk>>) -> Answer<pb::PublishResponse> {
+        let started = Instant::now();
+        let response = publish::receive(&self.0, request.into_inner()).await?;
+        self.0.metrics.observe("publish", started);
+        Ok(Response::new(response))
+    }
+
+    async fn abort(&self, request: Request<pb::AbortRequest>) -> Answer<pb::AbortResponse> {
+        let pb::AbortRequest {
+            session_id,
+            reservation_id,
+        } = request.into_inner();
+        let reservation = ReservationId(reservation_id);
+        let event = Event::Abort {
+            session: SessionId(session_id),
+            reservation,
+        };
+        self.0.engine.apply(event).map_err(refused)?;
+        Ok(Response::new(pb::AbortResponse {}))
+    }
+
+    async fn renew_lease(&self, request: Request<pb::RenewLeaseRequest>) -> Answer<pb::RenewLeaseResponse> {
+        let request = request.into_inner();
+        let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
+        let (session, lease) = (SessionId(request.session_id), LeaseId(request.lease_id));
+        self.0
+            .engine
+            .apply(Event::Renew {
+                session,
+                lease,
+                ttl_ms,
+            })
+            .map_err(refused)?;
+        Ok(Response::new(pb::RenewLeaseResponse { ttl_ms }))
+    }
+
+    async fn release_lease(
+        &self,
+        request: Request<pb::ReleaseLeaseRequest>,
+    ) -> Answer<pb::ReleaseLeaseResponse> {
+        let request = request.into_inner();
+        let session = SessionId(request.session_id);
+        for lease in request.lease_ids {
+            self.0
+                .engine
+                .apply(Event::Release {
+                    session,
+                    lease: LeaseId(lease),
+                })
+                .map_err(refused)?;
+        }
+        Ok(Response::new(pb::ReleaseLeaseResponse {}))
+    }
+
+    async fn report_corrupt(
+        &self,
+        request: Request<pb::ReportCorruptRequest>,
+    ) -> Answer<pb::ReportCorruptResponse> {
+        let request = request.into_inner();
+        let names = (SessionId(request.session_id), LeaseId(request.lease_id));
+        let read = self
+            .0
+            .engine
+            .read(names, request.block as usize, 1)
+            .map_err(refused)?;
+        let block = read.blocks.first().ok_or_else(unexpected)?;
+        let quarantined = Checksum::of(&read.space, &block.hash, block.bytes.as_ref()) != block.checksum;
+        if quarantined {
+            tracing::error!(space = ?read.space, hash = ?block.hash, "a stored block is corrupt: quarantined");
+            let event = Event::Quarantine {
+                space: read.space,
+                hash: block.hash,
+            };
+            self.0.engine.apply(event).map_err(refused)?;
+        } else {
+            tracing::warn!(space = ?read.space, hash = ?block.hash, "a block was corrupted on its way to a client");
+        }
+        Ok(Response::new(pb::ReportCorruptResponse { quarantined }))
+    }
+
+    async fn explain(&self, request: Request<pb::ExplainRequest>) -> Answer<pb::ExplainResponse> {
+        let request = request.into_inner();
+        let space = SpaceId::try_from(request.space_id.as_ref())?;
+        let mut blocks = Vec::new();
+        for hash in BlockHash::parse_list(&request.block_hashes)? {
+            let reply = self
+                .0
+                .engine
+                .apply(Event::Explain { space, hash })
+                .map_err(refused)?;
+            let Reply::Explained(state) = reply else {
+                return Err(unexpected());
+            };
+            blocks.push(explanation(
+                state,
+                self.0.engine.inspect(|core| core.policy().name()),
+            ));
+        }
+        Ok(Response::new(pb::ExplainResponse { blocks }))
+    }
+}
+
+fn explanation(state: BlockState, policy: &str) -> pb::BlockExplanation {
+    use pb::block_explanation::State;
+    let state = match state {
+        BlockState::Resident {
+            tier,
+            bytes,
+            leases,
+            idle_ms,
+            checksum,
+            reachable,
+        } => State::Resident(pb::ResidentBlock {
+            tier: pb::Tier::from(tier).into(),
+            bytes,
+            leases,
+            idle_ms,
+            checksum: checksum.0.to_vec().into(),
+            reachable,
+        }),
+        BlockState::Absent { reason, ago_ms } => {
+            let decided = reason == cairn_proto::MissReason::Evicted;
+            State::Absent(pb::AbsentBlock {
+                reason: pb::MissReason::from(reason).into(),
+                ago_ms,
+                policy: if decided { policy.to_owned() } else { String::new() },
+            })
+        }
+    };
+    pb::BlockExplanation { state: Some(state) }
+}

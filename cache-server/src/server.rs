@@ -1,0 +1,264 @@
+//! A running server: listeners, background tasks, and an orderly end.
+
+use crate::config::Config;
+use crate::engine::{Engine, EngineError};
+use crate::metrics::Metrics;
+use crate::serve::{AdminService, CacheService, Context};
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use cairn_core::Event;
+use cairn_proto::{limits, pb};
+use prometheus_client::registry::Registry;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// How often expired leases and reservations are collected when nothing else happens.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A client that does not answer this long after a ping is gone, and its session with it.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Calls on one connection at a time: bounds what one client can have in progress.
+const MAX_STREAMS_PER_CONNECTION: u32 = 256;
+
+/// Flow-control windows of one call and of one connection: a few chunks in flight.
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
+
+/// Why a server cannot run.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// A setting or the memory for it.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// An address is taken or not ours.
+    #[error("cannot listen on {address} ({what}): {source}. Choose another with --{what}")]
+    Listen {
+        /// Which setting.
+        what: &'static str,
+        /// Which address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The gRPC server failed while running.
+    #[error("the gRPC server failed: {0}")]
+    Grpc(#[from] tonic::transport::Error),
+}
+
+/// A server that is bound to its addresses and serving.
+pub struct Server {
+    address: SocketAddr,
+    http_address: SocketAddr,
+    context: Context,
+    stop: CancellationToken,
+    grace: Duration,
+    grpc: JoinHandle<Result<(), tonic::transport::Error>>,
+    background: TaskTracker,
+}
+
+impl Server {
+    /// Binds, maps memory and starts serving.
+    ///
+    /// # Errors
+    /// When a setting cannot work, memory cannot be had or an address is taken.
+    pub async fn start(config: Config) -> Result<Self, ServerError> {
+        let engine = Engine::new(&config)?;
+        let listener = bind("listen", config.server.listen).await?;
+        let http_listener = bind("http-listen", config.server.http_listen).await?;
+        let local = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
+        let address = local(&listener, config.server.listen);
+        let http_address = local(&http_listener, config.server.http_listen);
+        let (metrics, registry) = Metrics::new(&engine);
+        let stop = CancellationToken::new();
+        let context = Context {
+            engine: engine.clone(),
+            metrics,
+            draining: stop.clone(),
+            transfers: TaskTracker::new(),
+            max_sessions: config.limits.max_sessions,
+            fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
+            publish_idle: Duration::from_millis(config.limits.publish_idle_ms),
+        };
+        let background = TaskTracker::new();
+        background.spawn(tick(engine.clone(), stop.clone()));
+        background.spawn(serve_http(http_listener, registry, stop.clone()));
+        if config.host.prefault {
+            prefault(engine, stop.clone(), &background);
+        }
+        background.close();
+        let grpc = tokio::spawn(serve_grpc(context.clone(), listener));
+        tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
+        let grace = Duration::from_millis(config.server.shutdown_grace_ms);
+        Ok(Self {
+            address,
+            http_address,
+            context,
+            stop,
+            grace,
+            grpc,
+            background,
+        })
+    }
+
+    /// Where the gRPC services listen.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where metrics and health listen.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http_address
+    }
+
+    /// Slots, leases and the like that are held now.
+    pub fn usage(&self) -> cairn_core::Usage {
+        self.context.engine.inspect(cairn_core::Core::usage)
+    }
+
+    /// Totals since the start.
+    pub fn counters(&self) -> cairn_core::Counters {
+        self.context.engine.inspect(|core| core.counters().clone())
+    }
+
+    /// Checks every invariant of the core. For tests: takes time in proportion to what is stored.
+    ///
+    /// # Errors
+    /// Names the first invariant that does not hold.
+    pub fn audit(&self) -> Result<(), String> {
+        self.context.engine.inspect(cairn_core::Core::audit)
+    }
+
+    /// Waits until the server fails on its own.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub async fn failed(&mut self) -> Result<(), ServerError> {
+        match (&mut self.grpc).await {
+            Ok(result) => Ok(result?),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Stops accepting work, waits for transfers in progress (at most the configured grace), and ends.
+    ///
+    /// # Errors
+    /// When the gRPC server failed.
+    pub async fn shutdown(mut self) -> Result<(), ServerError> {
+        tracing::info!("shutting down");
+        self.stop.cancel();
+        self.context.transfers.close();
+        let ended = tokio::time::timeout(self.grace, &mut self.grpc).await;
+        self.grpc.abort();
+        self.background.wait().await;
+        match ended {
+            Ok(Ok(result)) => Ok(result?),
+            Ok(Err(_)) => Ok(()),
+            Err(_) => {
+                tracing::warn!(
+                    grace_ms = self.grace.as_millis() as u64,
+                    "transfers were cut off at the end of the grace"
+                );
+                Ok(())
+            }
+        }
+    }
+}
+
+async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| ServerError::Listen {
+            what,
+            address,
+            source,
+        })
+}
+
+async fn serve_grpc(context: Context, listener: TcpListener) -> Result<(), tonic::transport::Error> {
+    let stop = context.draining.clone();
+    let cache = pb::cache_server::CacheServer::new(CacheService(context.clone()))
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+    let admin = pb::admin_server::AdminServer::new(AdminService(context))
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
+        .initial_stream_window_size(Some(STREAM_WINDOW_BYTES))
+        .initial_connection_window_size(Some(CONNECTION_WINDOW_BYTES))
+        .tcp_nodelay(true)
+        .add_service(cache)
+        .add_service(admin)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await
+}
+
+async fn tick(engine: Arc<Engine>, stop: CancellationToken) {
+    let mut interval = tokio::time::interval(TICK);
+    while stop.run_until_cancelled(interval.tick()).await.is_some() {
+        // A tick has no answer and cannot be refused.
+        let _ = engine.apply(Event::Tick);
+    }
+}
+
+fn prefault(engine: Arc<Engine>, stop: CancellationToken, background: &TaskTracker) {
+    let cancelled = Arc::new(AtomicBool::new(false));
+    let flag = cancelled.clone();
+    let work = background.spawn_blocking(move || match engine.arena().prefault(&cancelled) {
+        Ok(bytes) => tracing::debug!(mib = bytes >> 20, "host arena prefaulted"),
+        Err(error) => {
+            tracing::warn!(%error, "cannot take the host arena's memory at once; it is taken as it fills")
+        }
+    });
+    background.spawn(async move {
+        tokio::select! {
+            () = stop.cancelled() => flag.store(true, Ordering::Relaxed),
+            _ = work => {}
+        }
+    });
+}
+
+async fn serve_http(listener: TcpListener, registry: Registry, stop: CancellationToken) {
+    let ready = stop.clone();
+    let router = Router::new()
+        .route("/metrics", get(metrics_page))
+        .with_state(Arc::new(registry))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(move || async move { readiness(&ready) }));
+    let serving = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
+    if let Err(error) = serving.await {
+        tracing::error!(%error, "the metrics server failed");
+    }
+}
+
+fn readiness(stop: &CancellationToken) -> (StatusCode, &'static str) {
+    match stop.is_cancelled() {
+        false => (StatusCode::OK, "ready\n"),
+        true => (StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+    }
+}
+
+async fn metrics_page(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
+    let mut text = String::new();
+    match prometheus_client::encoding::text::encode(&mut text, &registry) {
+        Ok(()) => {
+            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], text).into_response()
+        }
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}

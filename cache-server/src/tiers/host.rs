@@ -1,0 +1,191 @@
+//! The host memory tier: an arena of chunks, each its own memory file, so that a chunk can later be handed to another
+//! process by descriptor. This file owns the bytes and all access to them; which slot is whose is the core's
+//! business, and the guards of `engine` carry the core's promise to here.
+
+use crate::engine::{FillGuard, ReadGuard};
+use cairn_core::SlotId;
+use cairn_transfer::Target;
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use thiserror::Error;
+
+/// Memory that cannot be had.
+#[derive(Debug, Error)]
+pub enum ArenaError {
+    /// More than the machine has.
+    #[error(
+        "host.capacity_mib asks for {wanted_mib} MiB, but this machine has {total_mib} MiB of memory in all"
+    )]
+    TooLarge {
+        /// What the config asks for.
+        wanted_mib: u64,
+        /// What there is.
+        total_mib: u64,
+    },
+    /// The system refused.
+    #[error("cannot make chunk {chunk} of the host arena: {source}")]
+    Chunk {
+        /// Which chunk.
+        chunk: u32,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+struct Chunk {
+    map: MmapRaw,
+    _file: File,
+}
+
+/// All host memory for blocks.
+pub struct HostArena {
+    chunks: Vec<Chunk>,
+    chunk_bytes: u64,
+}
+
+impl HostArena {
+    /// Maps `chunks × chunk_bytes`. The memory is taken page by page as it is first written.
+    ///
+    /// # Errors
+    /// When the machine has less memory than that, or refuses.
+    pub fn new(chunks: u32, chunk_bytes: u64) -> Result<Self, ArenaError> {
+        let total = total_memory_bytes();
+        let wanted = u64::from(chunks).saturating_mul(chunk_bytes);
+        if total.is_some_and(|total| wanted > total) {
+            let total_mib = total.unwrap_or_default() >> 20;
+            return Err(ArenaError::TooLarge {
+                wanted_mib: wanted >> 20,
+                total_mib,
+            });
+        }
+        let make = |chunk| Chunk::new(chunk_bytes).map_err(|source| ArenaError::Chunk { chunk, source });
+        let chunks = (0..chunks).map(make).collect::<Result<_, _>>()?;
+        Ok(Self { chunks, chunk_bytes })
+    }
+
+    /// Takes all memory now, chunk by chunk, until done or `stop`. Returns the bytes taken.
+    pub fn prefault(&self, stop: &AtomicBool) -> std::io::Result<u64> {
+        let mut bytes = 0;
+        for chunk in &self.chunks {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            chunk.map.advise(Advice::PopulateWrite)?;
+            bytes += self.chunk_bytes;
+        }
+        Ok(bytes)
+    }
+
+    /// The bytes of a slot that a read holds in place.
+    pub(crate) fn bytes(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<ReadGuard>) -> SlotBytes {
+        self.range(slot, len);
+        SlotBytes {
+            arena: self.clone(),
+            slot,
+            len,
+            _guard: guard,
+        }
+    }
+
+    /// The right to write a slot that a fill holds. The engine makes one for each slot of a fill.
+    pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<FillGuard>) -> SlotWriter {
+        self.range(slot, len);
+        SlotWriter {
+            arena: self.clone(),
+            slot,
+            len,
+            _guard: guard,
+        }
+    }
+
+    /// First byte of a slot in its chunk. Slots are `len` rounded up to the alignment that the core uses.
+    fn range(&self, slot: SlotId, len: u64) -> usize {
+        let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
+        let start = u64::from(slot.index) * slot_bytes;
+        assert!(
+            start + len <= self.chunk_bytes,
+            "{slot:?} of {len} bytes is outside its chunk"
+        );
+        start as usize
+    }
+
+    fn pointer(&self, slot: SlotId, len: u64) -> *mut u8 {
+        let start = self.range(slot, len);
+        // SAFETY: `range` keeps the offset inside the chunk's mapping, which lives as long as `self`.
+        unsafe { self.chunks[slot.chunk as usize].map.as_mut_ptr().add(start) }
+    }
+}
+
+impl Chunk {
+    fn new(bytes: u64) -> std::io::Result<Self> {
+        let file = memfd_create(
+            c"cairn-host-chunk",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )?;
+        ftruncate(&file, bytes)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let file = File::from(file);
+        let len = usize::try_from(bytes).map_err(std::io::Error::other)?;
+        let map = MmapOptions::new().len(len).map_raw(&file)?;
+        // Huge pages are a matter of speed only; most systems forbid them for shared memory.
+        let _ = map.advise(Advice::HugePage);
+        Ok(Self { map, _file: file })
+    }
+}
+
+/// The bytes of one committed block, unchanging for as long as this value lives.
+pub struct SlotBytes {
+    arena: Arc<HostArena>,
+    slot: SlotId,
+    len: u64,
+    _guard: Arc<ReadGuard>,
+}
+
+impl AsRef<[u8]> for SlotBytes {
+    fn as_ref(&self) -> &[u8] {
+        let pointer = self.arena.pointer(self.slot, self.len);
+        // SAFETY: the range is inside the mapping. Nobody writes to it: the core gives a slot to a writer only when it
+        // holds no block, and the slot of this block is not freed before the guard is dropped (`Event::EndRead`).
+        unsafe { std::slice::from_raw_parts(pointer, self.len as usize) }
+    }
+}
+
+/// The only right to write one slot.
+pub struct SlotWriter {
+    arena: Arc<HostArena>,
+    slot: SlotId,
+    len: u64,
+    _guard: Arc<FillGuard>,
+}
+
+impl Target for SlotWriter {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let end = offset.checked_add(bytes.len() as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.len),
+            "a write past the end of its slot"
+        );
+        let pointer = self.arena.pointer(self.slot, self.len);
+        // SAFETY: the range is inside the slot (asserted) and so inside the mapping. Nobody else reads or writes it: the
+        // core hands a reserved slot to one fill at a time, the engine makes one writer for each slot of a
+        // fill, a commit consumes it, and the slot is not reused before the guard is dropped.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer.add(offset as usize), bytes.len());
+        }
+    }
+}
+
+/// Of the machine, from the kernel; `None` when it does not say.
+fn total_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,120 @@
+//! Asking for the longest resident run of a chain.
+
+use crate::client::{CacheClient, reason, until};
+use crate::lease::Lease;
+use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, limits, pb, wire};
+use std::time::Duration;
+use tonic::Status;
+
+/// The answer to a lookup.
+#[derive(Debug)]
+pub struct Lookup {
+    /// One for each block asked for.
+    pub outcomes: Vec<Outcome>,
+    /// The resident run, if there is any.
+    pub run: Option<Run>,
+}
+
+impl Lookup {
+    /// Blocks from the start of the chain that can be fetched.
+    pub fn resident(&self) -> usize {
+        self.run.as_ref().map_or(0, Run::len)
+    }
+
+    fn missed(count: usize, reason: MissReason) -> Self {
+        Self {
+            outcomes: vec![Outcome::Miss(reason); count],
+            run: None,
+        }
+    }
+}
+
+/// Leased blocks from the start of a chain. Dropping it releases the lease.
+#[derive(Debug)]
+pub struct Run {
+    pub(crate) lease: Lease,
+    pub(crate) space: KeySpace,
+    pub(crate) hashes: Vec<BlockHash>,
+    pub(crate) checksums: Vec<Checksum>,
+}
+
+impl Run {
+    /// Blocks of the run; at least one.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.hashes.len()
+    }
+
+    /// The lease that keeps them.
+    pub fn lease(&self) -> &Lease {
+        &self.lease
+    }
+}
+
+impl CacheClient {
+    /// Finds and leases the longest resident run of `hashes`, which must start at the first block of the prompt. Of
+    /// chains longer than [`limits::MAX_BLOCKS_PER_REQUEST`] only that many blocks are asked for; the rest is `Busy`.
+    pub async fn lookup(&self, space: &KeySpace, hashes: &[BlockHash]) -> Lookup {
+        let asked = &hashes[..hashes.len().min(limits::MAX_BLOCKS_PER_REQUEST)];
+        let mut lookup = match self.try_lookup(space, asked).await {
+            Ok(lookup) => lookup,
+            Err(reason) => Lookup::missed(asked.len(), reason),
+        };
+        lookup.outcomes.resize(hashes.len(), Outcome::Busy);
+        lookup
+    }
+
+    async fn try_lookup(&self, space: &KeySpace, hashes: &[BlockHash]) -> Result<Lookup, MissReason> {
+        let options = self.options();
+        let (connection, deadline) = self.connection_for(space, options.lookup_timeout).await?;
+        let request = pb::LookupRequest {
+            session_id: connection.session,
+            space_id: space.id().0.to_vec().into(),
+            block_hashes: BlockHash::concat(hashes),
+            lease_ttl_ms: u32::try_from(options.lease_ttl.as_millis()).unwrap_or(u32::MAX),
+        };
+        let answer = until(deadline, connection.grpc.clone().lookup(request)).await;
+        let answer = answer.map_err(|status| match status.code() {
+            tonic::Code::NotFound => MissReason::PeerDown,
+            _ => reason(&status),
+        })?;
+        let lease = (answer.lease_id != 0).then(|| {
+            let ttl = Duration::from_millis(u64::from(answer.lease_ttl_ms));
+            Lease::new(connection.session, answer.lease_id, ttl, self.releases())
+        });
+        parse(space, hashes, &answer, lease).map_err(|status| {
+            tracing::warn!(
+                error = status.message(),
+                "the cache server's answer makes no sense"
+            );
+            MissReason::PeerDown
+        })
+    }
+}
+
+fn parse(
+    space: &KeySpace,
+    hashes: &[BlockHash],
+    answer: &pb::LookupResponse,
+    lease: Option<Lease>,
+) -> Result<Lookup, Status> {
+    let outcomes = wire::parse_outcomes(&answer.outcomes, hashes.len())?;
+    let Some(lease) = lease else {
+        return Ok(Lookup { outcomes, run: None });
+    };
+    let hits = outcomes.iter().take_while(|outcome| outcome.is_hit()).count();
+    let checksums = Checksum::parse_list(&answer.checksums, hits)?;
+    if hits == 0 {
+        return Err(Status::internal("a lease on nothing"));
+    }
+    let run = Run {
+        lease,
+        space: space.clone(),
+        hashes: hashes[..hits].to_vec(),
+        checksums,
+    };
+    Ok(Lookup {
+        outcomes,
+        run: Some(run),
+    })
+}
