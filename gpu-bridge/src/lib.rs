@@ -1,1 +1,20 @@
-//! placeholder
+//! Bytes on or beside the device: devices, streams, events, batched copies, and the block pool of a worker.
+//!
+//! [`Device`] is implemented by [`HostDevice`] (host memory as device; everything above is built and tested with it) and
+//! is shaped after what CUDA offers: streams run in order and beside each other, events are awaitable completions,
+//! copies come in batches, and memory stays alive until the last copy that names it has ended. Every implementation
+//! passes [`conformance::run`].
+
+#![forbid(unsafe_code)]
+
+pub mod conformance;
+mod device;
+mod event;
+mod host;
+mod pool;
+
+pub use cairn_kernels::{KvType, PagedShape};
+pub use device::{BlockMove, Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
+pub use event::Event;
+pub use host::{HostDevice, HostMemory, HostStream};
+pub use pool::{BlockPool, Slot};
