@@ -49,7 +49,9 @@ pub enum Priority {
 pub trait Device: Send + Sync + 'static {
     /// A handle to device memory; clones share it, and the memory is freed with the last one.
     type Memory: Clone + Send + Sync + 'static;
-    /// A handle to host memory that the device copies from and to directly.
+    /// Host memory that the device copies from and to directly, owned by one holder who may read and write it.
+    type PinnedBuffer: AsRef<[u8]> + AsMut<[u8]> + Send + Sync + 'static;
+    /// The same memory while copies may be using it: shared, and out of the CPU's reach.
     type Pinned: Clone + Send + Sync + 'static;
     /// A stream of this device.
     type Stream: Stream<Device = Self>;
@@ -67,19 +69,16 @@ pub trait Device: Send + Sync + 'static {
     ///
     /// # Errors
     /// When there is not enough.
-    fn allocate_pinned(&self, bytes: usize) -> Result<Self::Pinned, DeviceError>;
+    fn allocate_pinned(&self, bytes: usize) -> Result<Self::PinnedBuffer, DeviceError>;
 
-    /// Writes pinned memory from the CPU, after every copy that was issued on it.
+    /// Hands pinned memory to copies.
+    fn share(&self, buffer: Self::PinnedBuffer) -> Self::Pinned;
+
+    /// Takes pinned memory back.
     ///
     /// # Errors
-    /// When the range is outside.
-    fn write_pinned(&self, pinned: &Self::Pinned, offset: usize, bytes: &[u8]) -> Result<(), DeviceError>;
-
-    /// Reads pinned memory into `bytes`. The caller has waited for whatever writes it.
-    ///
-    /// # Errors
-    /// When the range is outside.
-    fn read_pinned(&self, pinned: &Self::Pinned, offset: usize, bytes: &mut [u8]) -> Result<(), DeviceError>;
+    /// Gives the handle back while another handle, or a copy in progress, has the memory.
+    fn reclaim(&self, pinned: Self::Pinned) -> Result<Self::PinnedBuffer, Self::Pinned>;
 
     /// A new stream.
     ///

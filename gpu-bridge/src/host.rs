@@ -15,7 +15,7 @@ const STREAM_DEPTH: usize = 1024;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostDevice;
 
-/// Memory of a [`HostDevice`], device and pinned alike. Aligned to 16 bytes.
+/// Memory of a [`HostDevice`], device and shared pinned alike. Aligned to 16 bytes.
 #[derive(Clone)]
 pub struct HostMemory {
     words: Arc<RwLock<Vec<u128>>>,
@@ -23,19 +23,6 @@ pub struct HostMemory {
 }
 
 impl HostMemory {
-    fn new(bytes: usize) -> Result<Self, DeviceError> {
-        let count = bytes.div_ceil(size_of::<u128>());
-        let mut words = Vec::new();
-        words
-            .try_reserve_exact(count)
-            .map_err(|_| DeviceError::OutOfMemory { bytes })?;
-        words.resize(count, 0);
-        Ok(Self {
-            words: Arc::new(RwLock::new(words)),
-            bytes,
-        })
-    }
-
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.bytes
@@ -79,8 +66,37 @@ impl HostMemory {
     }
 }
 
+/// Pinned memory of a [`HostDevice`] in one holder's hands.
+pub struct HostPinned {
+    words: Vec<u128>,
+    bytes: usize,
+}
+
+impl AsRef<[u8]> for HostPinned {
+    fn as_ref(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.bytes]
+    }
+}
+
+impl AsMut<[u8]> for HostPinned {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.bytes]
+    }
+}
+
+fn zeroed(bytes: usize) -> Result<Vec<u128>, DeviceError> {
+    let count = bytes.div_ceil(size_of::<u128>());
+    let mut words = Vec::new();
+    words
+        .try_reserve_exact(count)
+        .map_err(|_| DeviceError::OutOfMemory { bytes })?;
+    words.resize(count, 0);
+    Ok(words)
+}
+
 impl Device for HostDevice {
     type Memory = HostMemory;
+    type PinnedBuffer = HostPinned;
     type Pinned = HostMemory;
     type Stream = HostStream;
 
@@ -89,23 +105,35 @@ impl Device for HostDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
-        HostMemory::new(bytes)
+        Ok(HostMemory {
+            words: Arc::new(RwLock::new(zeroed(bytes)?)),
+            bytes,
+        })
     }
 
-    fn allocate_pinned(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
-        HostMemory::new(bytes)
+    fn allocate_pinned(&self, bytes: usize) -> Result<HostPinned, DeviceError> {
+        Ok(HostPinned {
+            words: zeroed(bytes)?,
+            bytes,
+        })
     }
 
-    fn write_pinned(&self, pinned: &HostMemory, offset: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        pinned.check(offset, bytes.len())?;
-        pinned.write(|all| all[offset..offset + bytes.len()].copy_from_slice(bytes));
-        Ok(())
+    fn share(&self, buffer: HostPinned) -> HostMemory {
+        HostMemory {
+            words: Arc::new(RwLock::new(buffer.words)),
+            bytes: buffer.bytes,
+        }
     }
 
-    fn read_pinned(&self, pinned: &HostMemory, offset: usize, bytes: &mut [u8]) -> Result<(), DeviceError> {
-        pinned.check(offset, bytes.len())?;
-        pinned.read(|all| bytes.copy_from_slice(&all[offset..offset + bytes.len()]));
-        Ok(())
+    fn reclaim(&self, pinned: HostMemory) -> Result<HostPinned, HostMemory> {
+        let HostMemory { words, bytes } = pinned;
+        match Arc::try_unwrap(words) {
+            Ok(lock) => Ok(HostPinned {
+                words: lock.into_inner().unwrap_or_else(PoisonError::into_inner),
+                bytes,
+            }),
+            Err(words) => Err(HostMemory { words, bytes }),
+        }
     }
 
     fn stream(&self, priority: Priority) -> Result<HostStream, DeviceError> {

@@ -13,8 +13,8 @@ mod event;
 mod host;
 mod pool;
 
-pub use cairn_kernels::{KvType, PagedShape};
+pub use cairn_kernels::{KvType, PagedShape, Slot};
 pub use device::{BlockMove, Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
 pub use event::Event;
-pub use host::{HostDevice, HostMemory, HostStream};
-pub use pool::{BlockPool, Slot};
+pub use host::{HostDevice, HostMemory, HostPinned, HostStream};
+pub use pool::BlockPool;

@@ -5,12 +5,9 @@
 //! is needed (least recently used first, leaves before parents, because sequences release their tail first);
 //! one without a name is free at once.
 
+use cairn_kernels::Slot;
 use cairn_proto::BlockHash;
 use std::collections::{BTreeMap, HashMap};
-
-/// A slot of the pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Slot(pub u32);
 
 #[derive(Clone, Default)]
 struct State {

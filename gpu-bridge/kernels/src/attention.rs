@@ -5,7 +5,7 @@
 //! order. None of this depends on which rows share a job, so prefill in any chunking and decode agree bit for bit.
 
 use crate::lanes::{Isa, LANES, Lanes, dispatch, exp, sum_lanes};
-use crate::{KvType, PagedShape};
+use crate::{KvType, PagedShape, Slot};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -48,7 +48,7 @@ pub struct KvView<'a> {
 #[derive(Clone, Copy)]
 pub struct QueryRow<'a> {
     /// Slots of the row's sequence, from its first block on.
-    pub slots: &'a [u32],
+    pub slots: &'a [Slot],
     /// Tokens that the row sees, itself included: its keys and values are in the pool already.
     pub context: usize,
 }
@@ -104,7 +104,7 @@ fn attention_on(
             "context outside its blocks"
         );
         assert!(
-            row.slots.iter().all(|slot| (*slot as usize) < slots),
+            row.slots.iter().all(|slot| (slot.0 as usize) < slots),
             "slot outside the pool"
         );
     }
@@ -288,7 +288,7 @@ impl<T> Planes<T> {
             head_dim: shape.head_dim,
             keys: slots
                 .iter()
-                .map(|slot| shape.keys_at(job.kv.layer, *slot as usize) + head)
+                .map(|slot| shape.keys_at(job.kv.layer, slot.0 as usize) + head)
                 .collect(),
             to_values: shape.plane(),
         }
@@ -535,7 +535,7 @@ mod tests {
     struct Case {
         shape: PagedShape,
         storage: Vec<u64>,
-        slots: Vec<u32>,
+        slots: Vec<Slot>,
         keys: Vec<Vec<f32>>,
         values: Vec<Vec<f32>>,
     }
@@ -553,7 +553,7 @@ mod tests {
             kv_type,
         };
         let mut storage = vec![u64::MAX; shape.pool_bytes().div_ceil(8)];
-        let slots: Vec<u32> = (0..blocks as u32).rev().map(|slot| slot + 2).collect();
+        let slots: Vec<Slot> = (0..blocks as u32).rev().map(|slot| Slot(slot + 2)).collect();
         let next = |i: usize, salt: u32| {
             let hash = (i as u32 ^ seed ^ salt).wrapping_mul(0x9e37_79b9);
             let value = (hash ^ (hash >> 13)).wrapping_mul(0x85eb_ca6b) as f32 / u32::MAX as f32;
@@ -566,7 +566,7 @@ mod tests {
         let values: Vec<f32> = (0..tokens * width)
             .map(|i| f16::from_f32(next(i, 2)).to_f32())
             .collect();
-        let places: Vec<(u32, u32)> = (0..tokens).map(|t| (slots[t / 16], (t % 16) as u32)).collect();
+        let places: Vec<(Slot, usize)> = (0..tokens).map(|t| (slots[t / 16], t % 16)).collect();
         let pool = &mut bytemuck::cast_slice_mut(&mut storage)[..shape.pool_bytes()];
         write_rows(&shape, pool, 1, &places, &keys, &values);
         let rows = |all: &[f32]| all.chunks_exact(width).map(<[f32]>::to_vec).collect();

@@ -16,4 +16,4 @@ pub use attention::{AttentionShape, KvView, QueryRow, paged_attention};
 pub use elementwise::{RopeTable, add, apply_rope, rms_norm, swiglu};
 pub use lanes::Isa;
 pub use matmul::{PackedMatrix, WeightType, matmul};
-pub use paged::{KvType, PagedShape, gather_block, scatter_block, write_rows};
+pub use paged::{KvType, PagedShape, Slot, gather_block, scatter_block, write_rows};

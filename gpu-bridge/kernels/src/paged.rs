@@ -7,6 +7,10 @@
 
 use half::{bf16, f16};
 
+/// A place for one block in the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot(pub u32);
+
 /// Number format of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvType {
@@ -173,7 +177,7 @@ pub fn write_rows(
     shape: &PagedShape,
     pool: &mut [u8],
     layer: usize,
-    places: &[(u32, u32)],
+    places: &[(Slot, usize)],
     keys: &[f32],
     values: &[f32],
 ) {
@@ -186,8 +190,8 @@ pub fn write_rows(
         let (keys, values) = (&keys[r * row..][..row], &values[r * row..][..row]);
         let at = Place {
             layer,
-            slot: *slot as usize,
-            token: *token as usize,
+            slot: slot.0 as usize,
+            token: *token,
         };
         match shape.kv_type {
             KvType::F32 => write_row(shape, bytemuck::cast_slice_mut(pool), &at, keys, values, |x| x),
@@ -275,7 +279,7 @@ mod tests {
             let pool = &mut bytemuck::cast_slice_mut(&mut storage)[..shape.pool_bytes()];
             let keys: Vec<f32> = (0..8).map(|i| i as f32 + 1.0).collect();
             let values: Vec<f32> = keys.iter().map(|x| -x).collect();
-            write_rows(&shape, pool, 1, &[(1, token as u32)], &keys, &values);
+            write_rows(&shape, pool, 1, &[(Slot(1), token)], &keys, &values);
             let mut block = vec![0; shape.block_bytes()];
             gather_block(&shape, pool, 1, &mut block);
             let decoded = reference::decode(kv_type, &block);

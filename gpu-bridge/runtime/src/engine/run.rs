@@ -1,0 +1,434 @@
+//! The engine's thread: admit, load, compute a pass, hand out tokens, publish what became complete.
+
+use super::{Command, EngineOptions, Finish, Sequence, Update, Work};
+use crate::forward::{Row, Scratch};
+use crate::model::Model;
+use crate::share::{LoadJob, Loaded, PublishBatch, Share};
+use bytes::Bytes;
+use cairn_client::Block;
+use cairn_gpu::{
+    BlockMove, BlockPool, Buffer, Device, DeviceError, HostDevice, HostMemory, HostPinned, HostStream,
+    PagedShape, Stream,
+};
+use cairn_proto::{BlockHasher, Checksum, SpaceId};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use tokio::sync::mpsc;
+
+/// Blocks gathered and published in one batch: bounds the memory of one message between the engine and the publisher.
+const PUBLISH_BATCH: usize = 64;
+
+pub(super) struct Loop {
+    model: Arc<Model>,
+    options: EngineOptions,
+    shape: PagedShape,
+    memory: HostMemory,
+    stream: HostStream,
+    blocks: BlockPool,
+    hasher: BlockHasher,
+    space: SpaceId,
+    share: Option<Share>,
+    /// To be told of finished loads; weak, so that the engine ends when its last user is gone.
+    loads: mpsc::WeakSender<Command>,
+    waiting: VecDeque<Box<Sequence>>,
+    loading: BTreeMap<u64, Box<Sequence>>,
+    running: Vec<Box<Sequence>>,
+    scratch: Scratch,
+    next_id: u64,
+}
+
+/// A part of a sequence that the next pass computes.
+struct Part {
+    sequence: usize,
+    count: usize,
+    /// It ends with the last known token, so its logits give the next.
+    ends: bool,
+}
+
+impl Loop {
+    pub(super) fn new(
+        model: Arc<Model>,
+        options: EngineOptions,
+        shape: PagedShape,
+        (memory, stream): (HostMemory, HostStream),
+        share: Option<Share>,
+        loads: mpsc::WeakSender<Command>,
+    ) -> Self {
+        // Without a cache the chain only names blocks inside this worker.
+        let space = share
+            .as_ref()
+            .map_or(SpaceId(model.fingerprint), |share| share.space().id());
+        Self {
+            blocks: BlockPool::new(shape.slots as u32),
+            model,
+            options,
+            shape,
+            memory,
+            stream,
+            hasher: BlockHasher::default(),
+            space,
+            share,
+            loads,
+            waiting: VecDeque::new(),
+            loading: BTreeMap::new(),
+            running: Vec::new(),
+            scratch: Scratch::default(),
+            next_id: 0,
+        }
+    }
+
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        loop {
+            while let Ok(command) = commands.try_recv() {
+                self.command(command);
+            }
+            self.drop_cancelled();
+            self.admit();
+            if !self.step() {
+                match commands.blocking_recv() {
+                    Some(command) => self.command(command),
+                    None => return,
+                }
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit(sequence) => self.waiting.push_back(sequence),
+            Command::Loaded(loaded) => self.loaded(loaded),
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        self.waiting.retain(|sequence| !sequence.cancelled());
+        let mut kept = Vec::with_capacity(self.running.len());
+        for sequence in std::mem::take(&mut self.running) {
+            if sequence.cancelled() {
+                self.blocks.release(&sequence.slots);
+            } else {
+                kept.push(sequence);
+            }
+        }
+        self.running = kept;
+    }
+
+    fn admit(&mut self) {
+        while self.running.len() + self.loading.len() < self.options.max_sequences {
+            let Some(sequence) = self.waiting.pop_front() else {
+                return;
+            };
+            self.start(sequence);
+        }
+    }
+
+    /// Takes what the pool still has, and asks the cache for more.
+    fn start(&mut self, mut sequence: Box<Sequence>) {
+        let block_tokens = self.shape.block_tokens;
+        sequence.extend_hashes(&self.hasher, &self.space, block_tokens);
+        if !sequence.use_cache {
+            return self.running.push(sequence);
+        }
+        let reusable = sequence.reusable_blocks(block_tokens);
+        sequence.slots = self.blocks.share(&sequence.hashes[..reusable]);
+        let local = sequence.slots.len();
+        sequence.named = local;
+        sequence.computed = local * block_tokens;
+        sequence.summary.local_tokens = sequence.computed.min(sequence.prompt);
+        sequence.shared = self.share.as_ref().map(|_| local);
+        // A prefill must know what the cache has; a generation only if the pool lacks something.
+        let ask = reusable > 0 && (local < reusable || sequence.work == Work::Prefill);
+        match (&self.share, self.loads.upgrade()) {
+            (Some(share), Some(loads)) if ask => {
+                let id = self.next_id;
+                self.next_id += 1;
+                let job = LoadJob {
+                    id,
+                    hashes: sequence.hashes[..reusable].to_vec(),
+                    tokens: sequence.tokens[..reusable * block_tokens].to_vec(),
+                    first: local,
+                    may_delegate: sequence.work != Work::Prefill,
+                };
+                share.load(job, loads);
+                self.loading.insert(id, sequence);
+            }
+            _ => self.running.push(sequence),
+        }
+    }
+
+    /// Puts loaded blocks into the pool and lets the sequence run.
+    fn loaded(&mut self, loaded: Loaded) {
+        let Some(mut sequence) = self.loading.remove(&loaded.id) else {
+            return;
+        };
+        sequence.shared = loaded.resident;
+        sequence
+            .stored
+            .store(loaded.resident.unwrap_or(0), Ordering::Relaxed);
+        sequence.summary.load_ms = loaded.elapsed.as_secs_f64() * 1e3;
+        sequence.summary.remote_prefill = loaded.delegated;
+        let count = loaded.blocks;
+        if let Some(staging) = loaded.staging
+            && let Err(error) = self.scatter(&mut sequence, staging, count)
+        {
+            tracing::error!(%error, "loaded blocks could not be placed; they are computed instead");
+        }
+        self.running.push(sequence);
+    }
+
+    fn scatter(
+        &mut self,
+        sequence: &mut Sequence,
+        staging: HostPinned,
+        count: usize,
+    ) -> Result<(), DeviceError> {
+        let first = sequence.slots.len();
+        let mut slots = Vec::new();
+        slots.extend((0..count).map_while(|_| self.blocks.take()));
+        let bytes = self.shape.block_bytes();
+        let place = |(i, slot): (usize, &cairn_gpu::Slot)| BlockMove {
+            staging_offset: i * bytes,
+            slot: slot.0 as usize,
+        };
+        let moves = slots.iter().enumerate().map(place).collect();
+        let staging = Buffer::Pinned(HostDevice.share(staging));
+        let done = self.stream.scatter(self.shape, &staging, &self.memory, moves);
+        let done = done.and_then(|()| self.stream.record()?.wait());
+        if let Err(error) = done {
+            self.blocks.release(&slots);
+            return Err(error);
+        }
+        for (slot, hash) in slots.iter().zip(&sequence.hashes[first..]) {
+            self.blocks.name(*slot, *hash);
+        }
+        let tokens = slots.len() * self.shape.block_tokens;
+        sequence.summary.loaded_tokens += tokens;
+        sequence.summary.loaded_bytes += (slots.len() * bytes) as u64;
+        sequence.computed += tokens;
+        sequence.slots.extend(slots);
+        sequence.named = sequence.slots.len();
+        Ok(())
+    }
+
+    /// One pass. Says whether there was anything to do.
+    fn step(&mut self) -> bool {
+        let mut running = std::mem::take(&mut self.running);
+        let parts = self.plan(&mut running);
+        let logits = self.compute(&running, &parts);
+        let width = self.model.config.vocabulary;
+        let mut logits = logits.chunks_exact(width);
+        for part in &parts {
+            let sequence = &mut running[part.sequence];
+            sequence.computed += part.count;
+            self.share_complete(sequence);
+            if part.ends
+                && let Some(logits) = logits.next()
+            {
+                self.advance(sequence, logits);
+            }
+        }
+        let before = running.len();
+        running.retain_mut(|sequence| !self.retire(sequence));
+        let progress = !parts.is_empty() || running.len() < before;
+        if !progress && let Some(youngest) = running.pop() {
+            self.preempt(youngest);
+        }
+        self.running = running;
+        progress || !self.running.is_empty() || (!self.waiting.is_empty() && self.loading.is_empty())
+    }
+
+    /// What the next pass computes: one token of every answer first, then prompts in order, up to the budget.
+    fn plan(&mut self, running: &mut [Box<Sequence>]) -> Vec<Part> {
+        let block_tokens = self.shape.block_tokens;
+        let mut budget = self.options.chunk_tokens;
+        let mut parts = Vec::new();
+        let is_answer = |sequence: &Sequence| sequence.remaining(block_tokens) == 1;
+        let (answers, prompts): (Vec<usize>, Vec<usize>) =
+            (0..running.len()).partition(|i| is_answer(&running[*i]));
+        for index in answers.into_iter().chain(prompts) {
+            let sequence = &mut running[index];
+            let wanted = sequence.remaining(block_tokens).min(budget);
+            let count = self.room_for(sequence, wanted);
+            if count == 0 {
+                continue;
+            }
+            budget -= count;
+            let generates = sequence.work != Work::Prefill;
+            let ends = generates && sequence.computed + count == sequence.tokens.len();
+            parts.push(Part {
+                sequence: index,
+                count,
+                ends,
+            });
+        }
+        parts
+    }
+
+    /// Takes slots for up to `wanted` more tokens; says how many fit.
+    fn room_for(&mut self, sequence: &mut Sequence, wanted: usize) -> usize {
+        let block_tokens = self.shape.block_tokens;
+        let needed = (sequence.computed + wanted).div_ceil(block_tokens);
+        while sequence.slots.len() < needed {
+            match self.blocks.take() {
+                Some(slot) => sequence.slots.push(slot),
+                None => break,
+            }
+        }
+        wanted.min(sequence.slots.len() * block_tokens - sequence.computed)
+    }
+
+    /// Runs the model; logits of the last row of each part that ends, in order.
+    fn compute(&mut self, running: &[Box<Sequence>], parts: &[Part]) -> Vec<f32> {
+        let mut rows = Vec::new();
+        let mut logits_for = Vec::new();
+        for part in parts {
+            let sequence = &running[part.sequence];
+            let positions = sequence.computed..sequence.computed + part.count;
+            rows.extend(positions.map(|position| Row {
+                token: sequence.tokens[position],
+                position,
+                slots: &sequence.slots,
+            }));
+            if part.ends {
+                logits_for.push(rows.len() - 1);
+            }
+        }
+        if rows.is_empty() {
+            return Vec::new();
+        }
+        let Self {
+            model,
+            shape,
+            memory,
+            scratch,
+            ..
+        } = self;
+        memory.write(|pool| model.forward(shape, pool, &rows, &logits_for, scratch))
+    }
+
+    /// Names the blocks that became full, and offers them to the cache.
+    fn share_complete(&mut self, sequence: &mut Sequence) {
+        if !sequence.use_cache {
+            return;
+        }
+        let full = sequence.computed / self.shape.block_tokens;
+        for block in sequence.named..full {
+            self.blocks.name(sequence.slots[block], sequence.hashes[block]);
+        }
+        sequence.named = sequence.named.max(full);
+        self.offer(sequence, full);
+    }
+
+    fn offer(&mut self, sequence: &mut Sequence, full: usize) {
+        let (Some(share), Some(mut shared)) = (&self.share, sequence.shared) else {
+            return;
+        };
+        while shared < full {
+            let end = full.min(shared + PUBLISH_BATCH);
+            let blocks = (shared..end).map(|block| self.gather(sequence, block)).collect();
+            let parent = shared.checked_sub(1).map(|block| sequence.hashes[block]);
+            let stored = sequence.stored.clone();
+            if !share.publish(PublishBatch {
+                parent,
+                blocks,
+                stored,
+                finish: None,
+            }) {
+                tracing::warn!(
+                    "publishing falls behind; the rest of this sequence is not offered to the cache"
+                );
+                sequence.shared = None;
+                return;
+            }
+            shared = end;
+        }
+        sequence.shared = Some(shared);
+    }
+
+    /// A block's bytes in canonical order, and their checksum, made here where the bytes are.
+    fn gather(&self, sequence: &Sequence, block: usize) -> Block {
+        let mut bytes = vec![0; self.shape.block_bytes()];
+        let slot = sequence.slots[block].0 as usize;
+        self.memory
+            .read(|pool| cairn_kernels::gather_block(&self.shape, pool, slot, &mut bytes));
+        let hash = sequence.hashes[block];
+        Block {
+            hash,
+            checksum: Checksum::of(&self.space, &hash, &bytes),
+            bytes: Bytes::from(bytes),
+        }
+    }
+
+    /// Adds the next token to an answer.
+    fn advance(&mut self, sequence: &mut Sequence, logits: &[f32]) {
+        let Work::Generate {
+            max_tokens,
+            ignore_end,
+        } = sequence.work
+        else {
+            return;
+        };
+        let summary = &mut sequence.summary;
+        if summary.generated_tokens == 0 {
+            summary.first_token_ms = sequence.submitted.elapsed().as_secs_f64() * 1e3;
+        }
+        let token = sequence.sampler.choose(logits);
+        sequence.ended = if !ignore_end && self.model.tokenizer.is_end(token) {
+            Some(Finish::Stop)
+        } else {
+            sequence.tokens.push(token);
+            sequence.summary.generated_tokens += 1;
+            // A reader that is gone is noticed before the next pass; the queue has room for every token.
+            let _ = sequence.updates.try_send(Update::Token(token));
+            (sequence.summary.generated_tokens >= max_tokens).then_some(Finish::Length)
+        };
+        sequence.extend_hashes(&self.hasher, &self.space, self.shape.block_tokens);
+    }
+
+    /// Ends a sequence that is done or cancelled; says whether it was.
+    fn retire(&mut self, sequence: &mut Sequence) -> bool {
+        let block_tokens = self.shape.block_tokens;
+        if sequence.work == Work::Prefill && sequence.remaining(block_tokens) == 0 {
+            self.offer(sequence, sequence.hashes.len());
+            sequence.ended = Some(Finish::Stop);
+        }
+        let Some(finish) = sequence.ended else {
+            return false;
+        };
+        self.blocks.release(&sequence.slots);
+        if !self.options.local_reuse {
+            self.blocks.clear();
+        }
+        let full = sequence.prompt / block_tokens;
+        sequence.summary.finish = finish;
+        sequence.summary.computed_blocks =
+            full.saturating_sub(sequence.summary.cached_tokens() / block_tokens);
+        let (summary, updates) = (sequence.summary.clone(), sequence.updates.clone());
+        let stored = sequence.stored.clone();
+        let last = PublishBatch {
+            parent: None,
+            blocks: Vec::new(),
+            stored,
+            finish: Some((summary.clone(), updates)),
+        };
+        // A prefill ends when its blocks are in the cache; an answer does not wait for that.
+        let waits = sequence.work == Work::Prefill && sequence.shared.is_some();
+        match &self.share {
+            Some(share) if waits && share.publish(last) => {}
+            _ => {
+                let _ = sequence.updates.try_send(Update::Finished(summary));
+            }
+        }
+        true
+    }
+
+    /// Nothing fits: the youngest sequence gives its slots up and starts again later.
+    fn preempt(&mut self, mut sequence: Box<Sequence>) {
+        tracing::debug!("the pool is full: a sequence is put back");
+        self.blocks.release(&std::mem::take(&mut sequence.slots));
+        sequence.computed = 0;
+        sequence.named = 0;
+        self.waiting.push_front(sequence);
+    }
+}

@@ -1,0 +1,214 @@
+//! An answer on its way out: whole, or as server-sent events.
+
+use super::api::CommonFields;
+use super::text::TextStream;
+use super::{Failure, Service};
+use crate::engine::{Finish, Summary, Update};
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream;
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+pub(super) struct Answer {
+    service: Arc<Service>,
+    updates: mpsc::Receiver<Update>,
+    text: TextStream,
+    chat: bool,
+    with_ids: bool,
+    id: String,
+    created: u64,
+}
+
+/// What a part of an answer says.
+enum Piece {
+    Text(String, Vec<u32>),
+    End {
+        finish: &'static str,
+        rest: String,
+        summary: Option<Summary>,
+    },
+}
+
+impl Answer {
+    pub(super) fn new(
+        service: Arc<Service>,
+        updates: mpsc::Receiver<Update>,
+        fields: &CommonFields,
+        chat: bool,
+    ) -> Self {
+        let kind = if chat { "chatcmpl" } else { "cmpl" };
+        Self {
+            service,
+            updates,
+            text: TextStream::new(fields.stops()),
+            chat,
+            with_ids: fields.return_token_ids,
+            id: format!("{kind}-{:016x}", rand::random::<u64>()),
+            created: unix_seconds(),
+        }
+    }
+
+    /// The next piece. The end comes exactly once; `None` after it, or when the engine ended.
+    async fn next(&mut self) -> Option<Piece> {
+        let tokenizer = &self.service.engine.model().tokenizer;
+        match self.updates.recv().await? {
+            Update::Token(id) => {
+                let text = self.text.push(tokenizer, id);
+                if self.text.stopped() {
+                    // Dropping the receiver cancels the request.
+                    self.updates.close();
+                    return Some(Piece::End {
+                        finish: "stop",
+                        rest: text,
+                        summary: None,
+                    });
+                }
+                Some(Piece::Text(text, vec![id]))
+            }
+            Update::Finished(summary) => {
+                let rest = self.text.finish(tokenizer);
+                let length = summary.finish == Finish::Length && !self.text.stopped();
+                let finish = if length { "length" } else { "stop" };
+                Some(Piece::End {
+                    finish,
+                    rest,
+                    summary: Some(summary),
+                })
+            }
+        }
+    }
+
+    pub(super) async fn whole(mut self) -> Result<Response, Failure> {
+        let (mut all, mut ids) = (String::new(), Vec::new());
+        loop {
+            match self.next().await {
+                None => {
+                    return Err(Failure(
+                        StatusCode::INTERNAL_SERVER_ERROR,
+                        "the engine ended".into(),
+                    ));
+                }
+                Some(Piece::Text(text, new)) => {
+                    all.push_str(&text);
+                    ids.extend(new);
+                }
+                Some(Piece::End {
+                    finish,
+                    rest,
+                    summary,
+                }) => {
+                    all.push_str(&rest);
+                    let mut choice = if self.chat {
+                        json!({"index": 0, "message": {"role": "assistant", "content": all}, "logprobs": null,
+                            "finish_reason": finish})
+                    } else {
+                        json!({"index": 0, "text": all, "logprobs": null, "finish_reason": finish})
+                    };
+                    if self.with_ids {
+                        choice["token_ids"] = json!(ids);
+                    }
+                    let object = if self.chat {
+                        "chat.completion"
+                    } else {
+                        "text_completion"
+                    };
+                    let mut body = self.envelope(object, vec![choice]);
+                    if let Some(summary) = summary {
+                        add_usage(&mut body, &summary);
+                    }
+                    return Ok(Json(body).into_response());
+                }
+            }
+        }
+    }
+
+    pub(super) fn stream(self, include_usage: bool) -> Response {
+        let state = (Some(self), Vec::new());
+        let events = stream::unfold(state, move |(answer, mut queued)| async move {
+            if let Some(event) = queued.pop() {
+                return Some((Ok::<Event, Infallible>(event), (answer, queued)));
+            }
+            let mut answer = answer?;
+            let event = match answer.next().await? {
+                Piece::Text(text, ids) => answer.event(Some(&text), None, &ids),
+                Piece::End {
+                    finish,
+                    rest,
+                    summary,
+                } => {
+                    // In reverse: the last is popped first.
+                    queued.push(Event::default().data("[DONE]"));
+                    if let Some(summary) = summary.filter(|_| include_usage) {
+                        queued.push(answer.usage_event(&summary));
+                    }
+                    let event = answer.event(Some(&rest), Some(finish), &[]);
+                    return Some((Ok(event), (None, queued)));
+                }
+            };
+            Some((Ok(event), (Some(answer), queued)))
+        });
+        Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+    }
+
+    fn event(&self, text: Option<&str>, finish: Option<&str>, ids: &[u32]) -> Event {
+        let mut choice = if self.chat {
+            json!({"index": 0, "delta": {"role": "assistant", "content": text}, "logprobs": null,
+                "finish_reason": finish})
+        } else {
+            json!({"index": 0, "text": text, "logprobs": null, "finish_reason": finish})
+        };
+        if self.with_ids {
+            choice["token_ids"] = json!(ids);
+        }
+        Event::default().data(self.envelope(self.stream_object(), vec![choice]).to_string())
+    }
+
+    fn usage_event(&self, summary: &Summary) -> Event {
+        let mut body = self.envelope(self.stream_object(), Vec::new());
+        add_usage(&mut body, summary);
+        Event::default().data(body.to_string())
+    }
+
+    fn stream_object(&self) -> &'static str {
+        if self.chat {
+            "chat.completion.chunk"
+        } else {
+            "text_completion"
+        }
+    }
+
+    fn envelope(&self, object: &str, choices: Vec<Value>) -> Value {
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.service.model_name,
+            "choices": choices})
+    }
+}
+
+/// OpenAI's usage, and beside it what only this worker knows.
+fn add_usage(body: &mut Value, summary: &Summary) {
+    body["usage"] = json!({
+        "prompt_tokens": summary.prompt_tokens,
+        "completion_tokens": summary.generated_tokens,
+        "total_tokens": summary.prompt_tokens + summary.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": summary.cached_tokens()},
+    });
+    body["cairn"] = json!({
+        "local_tokens": summary.local_tokens,
+        "loaded_tokens": summary.loaded_tokens,
+        "loaded_bytes": summary.loaded_bytes,
+        "load_ms": summary.load_ms,
+        "first_token_ms": summary.first_token_ms,
+        "remote_prefill": summary.remote_prefill,
+    });
+}
+
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
