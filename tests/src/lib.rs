@@ -2,6 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+mod checkpoints;
+
+pub use checkpoints::{tiny_config, write_checkpoint};
+
 use cairn_client::{Block, CacheClient, ClientOptions};
 use cairn_proto::{BlockHash, Checksum, Dtype, HashProtocol, KeySpace, Layout, Shard, SpaceParts, chain};
 use cairn_server::{Config, Server};

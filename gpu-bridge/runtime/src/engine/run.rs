@@ -36,6 +36,9 @@ pub(super) struct Loop {
     running: Vec<Box<Sequence>>,
     scratch: Scratch,
     next_id: u64,
+    /// Set when a sequence had to give its slots up: nobody is admitted until another one ends, or the room would go
+    /// back and forth for ever.
+    crowded: bool,
 }
 
 /// A part of a sequence that the next pass computes.
@@ -75,6 +78,7 @@ impl Loop {
             running: Vec::new(),
             scratch: Scratch::default(),
             next_id: 0,
+            crowded: false,
         }
     }
 
@@ -107,6 +111,7 @@ impl Loop {
         for sequence in std::mem::take(&mut self.running) {
             if sequence.cancelled() {
                 self.blocks.release(&sequence.slots);
+                self.crowded = false;
             } else {
                 kept.push(sequence);
             }
@@ -115,7 +120,8 @@ impl Loop {
     }
 
     fn admit(&mut self) {
-        while self.running.len() + self.loading.len() < self.options.max_sequences {
+        self.crowded &= !self.running.is_empty();
+        while !self.crowded && self.running.len() + self.loading.len() < self.options.max_sequences {
             let Some(sequence) = self.waiting.pop_front() else {
                 return;
             };
@@ -230,6 +236,7 @@ impl Loop {
         }
         let before = running.len();
         running.retain_mut(|sequence| !self.retire(sequence));
+        self.crowded &= running.len() == before;
         let progress = !parts.is_empty() || running.len() < before;
         if !progress && let Some(youngest) = running.pop() {
             self.preempt(youngest);
@@ -429,6 +436,7 @@ impl Loop {
         self.blocks.release(&std::mem::take(&mut sequence.slots));
         sequence.computed = 0;
         sequence.named = 0;
+        self.crowded = true;
         self.waiting.push_front(sequence);
     }
 }
