@@ -25,11 +25,7 @@ fn main() {
         let packed = PackedMatrix::pack(&weights, inputs, WeightType::Bf16);
         let x = vec![0.5f32; rows * inputs];
         let mut y = vec![0f32; rows * outputs];
-        let repeats = if tiny {
-            1
-        } else {
-            (200_000_000 / (rows * inputs * outputs)).max(1)
-        };
+        let repeats = if tiny { 1 } else { (200_000_000 / (rows * inputs * outputs)).max(1) };
         let seconds = median_seconds(runs, || {
             for _ in 0..repeats {
                 matmul(&x, &packed, &mut y);

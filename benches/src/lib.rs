@@ -46,10 +46,8 @@ pub fn peak_gflops(runs: usize) -> f64 {
 pub fn read_bandwidth(runs: usize) -> f64 {
     let words = vec![1u64; 32 << 20];
     let seconds = median_seconds(runs, || {
-        let sum: u64 = words
-            .par_chunks(1 << 18)
-            .map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b)))
-            .sum();
+        let sum: u64 =
+            words.par_chunks(1 << 18).map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b))).sum();
         black_box(sum);
     });
     (words.len() * 8) as f64 / seconds / 1e9

@@ -152,14 +152,9 @@ impl Config {
     /// When the file cannot be read or parsed.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
         let shown = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: shown.clone(),
-            source,
-        })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Parse {
-            path: shown,
-            source: Box::new(source),
-        })
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
+        toml::from_str(&text).map_err(|source| ConfigError::Parse { path: shown, source: Box::new(source) })
     }
 
     /// The core's settings. `hash_seed` should be fresh for each start.
@@ -168,11 +163,7 @@ impl Config {
     /// When a value cannot work.
     pub fn core(&self, hash_seed: [u64; 2]) -> Result<CoreConfig, ConfigError> {
         self.check_listen()?;
-        let HostConfig {
-            capacity_mib,
-            chunk_mib,
-            ..
-        } = self.host;
+        let HostConfig { capacity_mib, chunk_mib, .. } = self.host;
         if chunk_mib == 0 || capacity_mib < chunk_mib {
             let text = format!(
                 "host.capacity_mib ({capacity_mib}) must hold at least one host.chunk_mib ({chunk_mib})"
@@ -185,10 +176,7 @@ impl Config {
             .checked_mul(MIB)
             .ok_or_else(|| ConfigError::Value("host.chunk_mib is too large".into()))?;
         let policy: PolicyKind = self.host.policy.parse().map_err(ConfigError::Value)?;
-        let quota = |t: &TenantConfig| TenantQuota {
-            name: t.name.clone(),
-            max_blocks: t.max_blocks,
-        };
+        let quota = |t: &TenantConfig| TenantQuota { name: t.name.clone(), max_blocks: t.max_blocks };
         Ok(CoreConfig {
             host_chunks,
             chunk_bytes,
@@ -204,12 +192,7 @@ impl Config {
     }
 
     fn check_listen(&self) -> Result<(), ConfigError> {
-        let ServerConfig {
-            listen,
-            http_listen,
-            allow_insecure_network,
-            ..
-        } = self.server;
+        let ServerConfig { listen, http_listen, allow_insecure_network, .. } = self.server;
         for (name, address) in [("server.listen", listen), ("server.http_listen", http_listen)] {
             if !address.ip().is_loopback() && !allow_insecure_network {
                 return Err(ConfigError::Value(format!(

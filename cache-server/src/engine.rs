@@ -108,29 +108,18 @@ impl Engine {
         first: usize,
         count: usize,
     ) -> Result<Read, Refusal> {
-        let reply = self.apply(Event::BeginRead {
-            session,
-            lease,
-            first,
-            count,
-        })?;
+        let reply = self.apply(Event::BeginRead { session, lease, first, count })?;
         let Reply::Read { space, slots } = reply else {
             return Err(Refusal::UnknownLease);
         };
-        let guard = Arc::new(ReadGuard {
-            engine: self.clone(),
-            lease,
-        });
+        let guard = Arc::new(ReadGuard { engine: self.clone(), lease });
         let len = self.block_bytes(&space)?;
         let block = |slot: &cairn_core::ReadSlot| ReadBlock {
             hash: slot.hash,
             checksum: slot.checksum,
             bytes: self.arena.bytes(slot.slot, len, guard.clone()),
         };
-        Ok(Read {
-            space,
-            blocks: slots.iter().map(block).collect(),
-        })
+        Ok(Read { space, blocks: slots.iter().map(block).collect() })
     }
 
     /// Starts to fill a reservation.
@@ -142,10 +131,7 @@ impl Engine {
         let Reply::Fill { space, slots } = reply else {
             return Err(Refusal::UnknownReservation);
         };
-        let guard = Arc::new(FillGuard {
-            engine: self.clone(),
-            reservation,
-        });
+        let guard = Arc::new(FillGuard { engine: self.clone(), reservation });
         let len = self.block_bytes(&space)?;
         let block = |slot: &cairn_core::FillSlot| FillBlock {
             block: slot.block,
@@ -153,12 +139,7 @@ impl Engine {
             writer: self.arena.writer(slot.slot, len, guard.clone()),
             guard: guard.clone(),
         };
-        Ok(Fill {
-            space,
-            block_bytes: len,
-            blocks: slots.iter().map(block).collect(),
-            _guard: guard.clone(),
-        })
+        Ok(Fill { space, block_bytes: len, blocks: slots.iter().map(block).collect(), _guard: guard.clone() })
     }
 
     fn block_bytes(&self, space: &SpaceId) -> Result<u64, Refusal> {
@@ -172,9 +153,7 @@ impl Engine {
     /// bytes, so the panic spreads to every later caller.
     #[allow(clippy::panic)]
     fn core(&self) -> MutexGuard<'_, Core> {
-        self.core
-            .lock()
-            .unwrap_or_else(|_: PoisonError<_>| panic!("the core panicked before"))
+        self.core.lock().unwrap_or_else(|_: PoisonError<_>| panic!("the core panicked before"))
     }
 }
 
@@ -222,15 +201,9 @@ pub struct FillBlock {
 impl FillBlock {
     /// Ends the writing and makes the block visible. The checksum must be that of the bytes written.
     pub fn commit(self, checksum: Checksum) -> CommitOutcome {
-        let Self {
-            block, writer, guard, ..
-        } = self;
+        let Self { block, writer, guard, .. } = self;
         drop(writer);
-        match guard.engine.apply(Event::Commit {
-            reservation: guard.reservation,
-            block,
-            checksum,
-        }) {
+        match guard.engine.apply(Event::Commit { reservation: guard.reservation, block, checksum }) {
             Ok(Reply::Committed(outcome)) => outcome,
             _ => CommitOutcome::NotReserved,
         }

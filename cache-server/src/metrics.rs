@@ -39,12 +39,7 @@ impl Metrics {
             latency,
         };
         let mut registry = Registry::with_prefix("cairn");
-        let Self {
-            fetched_bytes,
-            published_bytes,
-            checksum_mismatches,
-            latency,
-        } = metrics.clone();
+        let Self { fetched_bytes, published_bytes, checksum_mismatches, latency } = metrics.clone();
         registry.register_with_unit("fetched", "Block bytes sent", Unit::Bytes, fetched_bytes);
         registry.register_with_unit("published", "Block bytes stored", Unit::Bytes, published_bytes);
         let help = "Blocks whose bytes did not match their checksum on arrival";
@@ -56,9 +51,7 @@ impl Metrics {
 
     /// Records how long one request took.
     pub fn observe(&self, request: &'static str, since: std::time::Instant) {
-        self.latency
-            .get_or_create(&[("request", request)])
-            .observe(since.elapsed().as_secs_f64());
+        self.latency.get_or_create(&[("request", request)]).observe(since.elapsed().as_secs_f64());
     }
 }
 
@@ -86,22 +79,10 @@ impl Collector for CoreCollector {
 
 /// asked = hits by tier + misses by reason + busy.
 fn encode_lookups(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Result<(), std::fmt::Error> {
-    let tiers = Tier::ALL
-        .iter()
-        .zip(counters.hit_blocks)
-        .map(|(tier, n)| (tier.name(), n));
+    let tiers = Tier::ALL.iter().zip(counters.hit_blocks).map(|(tier, n)| (tier.name(), n));
     labelled(encoder, "hit_blocks", "Blocks found, by tier", "tier", tiers)?;
-    let reasons = MissReason::ALL
-        .iter()
-        .zip(counters.missed_blocks)
-        .map(|(reason, n)| (reason.name(), n));
-    labelled(
-        encoder,
-        "missed_blocks",
-        "Blocks not found, by reason",
-        "reason",
-        reasons,
-    )
+    let reasons = MissReason::ALL.iter().zip(counters.missed_blocks).map(|(reason, n)| (reason.name(), n));
+    labelled(encoder, "missed_blocks", "Blocks not found, by reason", "reason", reasons)
 }
 
 fn labelled(
@@ -121,47 +102,15 @@ fn labelled(
 
 fn encode_totals(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Result<(), std::fmt::Error> {
     let totals = [
-        (
-            "asked_blocks",
-            "Blocks asked for in lookups",
-            counters.asked_blocks,
-        ),
-        (
-            "busy_blocks",
-            "Blocks found but not leased for want of lease room",
-            counters.busy_blocks,
-        ),
-        (
-            "committed_blocks",
-            "Blocks made visible",
-            counters.committed_blocks,
-        ),
-        (
-            "duplicate_blocks",
-            "Blocks offered again and dropped",
-            counters.duplicate_blocks,
-        ),
+        ("asked_blocks", "Blocks asked for in lookups", counters.asked_blocks),
+        ("busy_blocks", "Blocks found but not leased for want of lease room", counters.busy_blocks),
+        ("committed_blocks", "Blocks made visible", counters.committed_blocks),
+        ("duplicate_blocks", "Blocks offered again and dropped", counters.duplicate_blocks),
         ("evicted_blocks", "Blocks that made room", counters.evicted_blocks),
-        (
-            "quarantined_blocks",
-            "Blocks removed because their bytes were wrong",
-            counters.quarantined_blocks,
-        ),
-        (
-            "refused_blocks",
-            "Blocks offered and not given room",
-            counters.refused_blocks,
-        ),
-        (
-            "expired_leases",
-            "Leases ended by their deadline",
-            counters.expired_leases,
-        ),
-        (
-            "expired_reservations",
-            "Reservations ended by their deadline",
-            counters.expired_reservations,
-        ),
+        ("quarantined_blocks", "Blocks removed because their bytes were wrong", counters.quarantined_blocks),
+        ("refused_blocks", "Blocks offered and not given room", counters.refused_blocks),
+        ("expired_leases", "Leases ended by their deadline", counters.expired_leases),
+        ("expired_reservations", "Reservations ended by their deadline", counters.expired_reservations),
     ];
     for (name, help, value) in totals {
         let counter = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
@@ -179,11 +128,7 @@ fn encode_usage(
         ("sessions", "Clients connected", usage.sessions as u64),
         ("leases", "Leases held", usage.leases as u64),
         ("reservations", "Reservations held", usage.reservations as u64),
-        (
-            "resident_blocks",
-            "Blocks in the index",
-            usage.resident_blocks as u64,
-        ),
+        ("resident_blocks", "Blocks in the index", usage.resident_blocks as u64),
         ("resident_bytes", "Bytes of their slots", usage.resident_bytes),
         ("used_slots", "Slots that hold anything", usage.used_slots as u64),
         ("free_chunks", "Chunks that nobody owns", usage.free_chunks as u64),

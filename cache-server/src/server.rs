@@ -102,15 +102,7 @@ impl Server {
         let grpc = tokio::spawn(serve_grpc(context.clone(), listener));
         tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
         let grace = Duration::from_millis(config.server.shutdown_grace_ms);
-        Ok(Self {
-            address,
-            http_address,
-            context,
-            stop,
-            grace,
-            grpc,
-            background,
-        })
+        Ok(Self { address, http_address, context, stop, grace, grpc, background })
     }
 
     /// Where the gRPC services listen.
@@ -178,13 +170,7 @@ impl Server {
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| ServerError::Listen {
-            what,
-            address,
-            source,
-        })
+    TcpListener::bind(address).await.map_err(|source| ServerError::Listen { what, address, source })
 }
 
 async fn serve_grpc(context: Context, listener: TcpListener) -> Result<(), tonic::transport::Error> {

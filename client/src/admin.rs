@@ -17,13 +17,8 @@ impl CacheClient {
         let deadline = Instant::now() + self.options().connect_timeout;
         let connection = self.connection(deadline).await.map_err(|_| self.unreachable())?;
         let block_hashes = BlockHash::concat(hashes);
-        let request = pb::ExplainRequest {
-            space_id: space.0.to_vec().into(),
-            block_hashes,
-        };
-        Ok(until(deadline, connection.grpc.clone().explain(request))
-            .await?
-            .blocks)
+        let request = pb::ExplainRequest { space_id: space.0.to_vec().into(), block_hashes };
+        Ok(until(deadline, connection.grpc.clone().explain(request)).await?.blocks)
     }
 
     /// Totals and what is held now.
@@ -43,11 +38,7 @@ impl CacheClient {
     pub async fn flush(&self, space: SpaceId) -> Result<u64, ClientError> {
         let deadline = Instant::now() + self.options().connect_timeout;
         let connection = self.connection(deadline).await.map_err(|_| self.unreachable())?;
-        let request = pb::FlushRequest {
-            space_id: space.0.to_vec().into(),
-        };
-        Ok(until(deadline, connection.admin.clone().flush(request))
-            .await?
-            .removed_blocks)
+        let request = pb::FlushRequest { space_id: space.0.to_vec().into() };
+        Ok(until(deadline, connection.admin.clone().flush(request)).await?.removed_blocks)
     }
 }

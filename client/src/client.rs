@@ -28,10 +28,7 @@ pub struct ClientError {
 
 impl From<Status> for ClientError {
     fn from(status: Status) -> Self {
-        Self {
-            kind: ErrorKind::from(&status),
-            message: status.message().to_owned(),
-        }
+        Self { kind: ErrorKind::from(&status), message: status.message().to_owned() }
     }
 }
 
@@ -61,20 +58,12 @@ impl CacheClient {
         let endpoint = tonic::transport::Endpoint::from_shared(options.endpoint.clone());
         let endpoint = endpoint.map_err(|_| ClientError {
             kind: ErrorKind::FixInput,
-            message: format!(
-                "{:?} is not an endpoint: write http://host:port",
-                options.endpoint
-            ),
+            message: format!("{:?} is not an endpoint: write http://host:port", options.endpoint),
         })?;
         let (link_sender, link) = watch::channel(Link::Connecting);
         let (releases, released) = mpsc::channel(RELEASE_QUEUE);
         let task = tokio::spawn(maintain(endpoint, options.clone(), link_sender, released)).abort_handle();
-        Ok(Self(Arc::new(Inner {
-            options,
-            link,
-            releases,
-            task,
-        })))
+        Ok(Self(Arc::new(Inner { options, link, releases, task })))
     }
 
     /// The settings in use.
@@ -102,14 +91,8 @@ impl CacheClient {
             Link::Down(why) => why.clone(),
             _ => "no answer in time".into(),
         };
-        let message = format!(
-            "the cache server at {} cannot be reached: {why}",
-            self.0.options.endpoint
-        );
-        ClientError {
-            kind: ErrorKind::Retry,
-            message,
-        }
+        let message = format!("the cache server at {} cannot be reached: {why}", self.0.options.endpoint);
+        ClientError { kind: ErrorKind::Retry, message }
     }
 
     pub(crate) fn releases(&self) -> mpsc::Sender<Release> {
@@ -141,11 +124,7 @@ impl CacheClient {
         match connection.open_space(space, deadline).await {
             Ok(()) => Ok((connection, deadline)),
             Err(status) => {
-                tracing::warn!(
-                    ?space,
-                    error = status.message(),
-                    "the cache server refuses the key space"
-                );
+                tracing::warn!(?space, error = status.message(), "the cache server refuses the key space");
                 Err(reason(&status))
             }
         }

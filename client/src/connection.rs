@@ -49,28 +49,17 @@ impl Connection {
     pub(crate) async fn open_space(&self, space: &KeySpace, deadline: Instant) -> Result<(), Status> {
         let id = space.id();
         // The set is only ever inserted into, so it is whole even after a panic elsewhere.
-        if self
-            .declared
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .contains(&id)
-        {
+        if self.declared.lock().unwrap_or_else(PoisonError::into_inner).contains(&id) {
             return Ok(());
         }
-        let request = pb::OpenSpaceRequest {
-            session_id: self.session,
-            space: Some(space.into()),
-        };
+        let request = pb::OpenSpaceRequest { session_id: self.session, space: Some(space.into()) };
         let answer = until(deadline, self.grpc.clone().open_space(request)).await?;
         if answer.space_id.as_ref() != id.0 || answer.block_bytes != space.block_bytes() {
             return Err(Status::internal(
                 "the server computes another id for this key space: use matching releases",
             ));
         }
-        self.declared
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(id);
+        self.declared.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
         Ok(())
     }
 }
@@ -86,11 +75,7 @@ pub(crate) async fn maintain(
     loop {
         match open(&endpoint, &options).await {
             Ok((connection, events)) => {
-                tracing::debug!(
-                    session = connection.session,
-                    endpoint = options.endpoint,
-                    "session opened"
-                );
+                tracing::debug!(session = connection.session, endpoint = options.endpoint, "session opened");
                 link.send_replace(Link::Up(connection.clone()));
                 let why = hold(&connection, events, &link, &mut releases).await;
                 tracing::info!(endpoint = options.endpoint, why, "session ended");
@@ -98,11 +83,7 @@ pub(crate) async fn maintain(
                 backoff = MIN_BACKOFF;
             }
             Err(status) => {
-                tracing::debug!(
-                    endpoint = options.endpoint,
-                    error = status.message(),
-                    "cannot connect"
-                );
+                tracing::debug!(endpoint = options.endpoint, error = status.message(), "cannot connect");
                 link.send_replace(Link::Down(status.message().to_owned()));
                 tokio::time::sleep(backoff).await;
                 backoff = MAX_BACKOFF.min(2 * backoff);
@@ -132,29 +113,15 @@ async fn open(
     let mut grpc = Grpc::new(channel.clone())
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let request = pb::SessionRequest {
-        client_name: options.name.clone(),
-        api_version: limits::API_VERSION,
-    };
+    let request = pb::SessionRequest { client_name: options.name.clone(), api_version: limits::API_VERSION };
     let mut events = until(deadline, grpc.session(request)).await?;
     let first = tokio::time::timeout_at(deadline, events.message()).await;
     let first = first.map_err(|_| Status::deadline_exceeded("no session in time"))??;
-    let Some(pb::SessionEvent {
-        event: Some(Event::Opened(opened)),
-    }) = first
-    else {
+    let Some(pb::SessionEvent { event: Some(Event::Opened(opened)) }) = first else {
         return Err(Status::internal("the server did not open a session"));
     };
     let admin = AdminGrpc::new(channel);
-    Ok((
-        Connection {
-            session: opened.session_id,
-            grpc,
-            admin,
-            declared: Arc::default(),
-        },
-        events,
-    ))
+    Ok((Connection { session: opened.session_id, grpc, admin, declared: Arc::default() }, events))
 }
 
 /// Until the session ends; says why it did.
@@ -183,14 +150,9 @@ async fn hold(
 }
 
 fn release(connection: &Connection, batch: &mut Vec<Release>) {
-    let ours = batch
-        .drain(..)
-        .filter(|release| release.session == connection.session);
+    let ours = batch.drain(..).filter(|release| release.session == connection.session);
     let lease_ids: Vec<u64> = ours.map(|release| release.lease).collect();
-    let request = pb::ReleaseLeaseRequest {
-        session_id: connection.session,
-        lease_ids,
-    };
+    let request = pb::ReleaseLeaseRequest { session_id: connection.session, lease_ids };
     let mut grpc = connection.grpc.clone();
     tokio::spawn(async move {
         // A release that is lost costs the server some memory until the lease's deadline.

@@ -18,11 +18,7 @@ impl CacheClient {
         assert!(first + targets.len() <= run.len(), "positions outside the run");
         for target in targets.iter_mut() {
             let len = target.as_mut().len() as u64;
-            assert_eq!(
-                len,
-                run.space.block_bytes(),
-                "a target must have the size of a block"
-            );
+            assert_eq!(len, run.space.block_bytes(), "a target must have the size of a block");
         }
         let deadline = Instant::now() + self.options().fetch_timeout;
         let mut outcomes = vec![Outcome::Miss(MissReason::PeerDown); targets.len()];
@@ -31,19 +27,11 @@ impl CacheClient {
             Ok(_) => return vec![Outcome::Miss(MissReason::LeaseLost); targets.len()],
             Err(reason) => return vec![Outcome::Miss(reason); targets.len()],
         };
-        let receiver = Receiver {
-            run,
-            first,
-            targets,
-            outcomes: &mut outcomes,
-        };
+        let receiver = Receiver { run, first, targets, outcomes: &mut outcomes };
         if let Err(status) = receiver.run(&connection, deadline).await {
             tracing::debug!(error = status.message(), "a fetch ended early");
             let missing = Outcome::Miss(reason(&status));
-            for outcome in outcomes
-                .iter_mut()
-                .filter(|o| **o == Outcome::Miss(MissReason::PeerDown))
-            {
+            for outcome in outcomes.iter_mut().filter(|o| **o == Outcome::Miss(MissReason::PeerDown)) {
                 *outcome = missing;
             }
         }
@@ -88,9 +76,7 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
         open: &mut [Option<Incoming>],
     ) -> Result<Option<u32>, Status> {
         let position = piece.block as usize;
-        let index = position
-            .checked_sub(self.first)
-            .filter(|index| *index < self.targets.len());
+        let index = position.checked_sub(self.first).filter(|index| *index < self.targets.len());
         let index = index.ok_or_else(|| Status::internal("a piece of a block that was not asked for"))?;
         let target = self.targets[index].as_mut();
         let incoming = open[index]
@@ -113,11 +99,7 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
 /// Tells the server in the background: the caller has its outcome already.
 fn report(connection: &Connection, lease_id: u64, block: u32) {
     let mut grpc = connection.grpc.clone();
-    let request = pb::ReportCorruptRequest {
-        session_id: connection.session,
-        lease_id,
-        block,
-    };
+    let request = pb::ReportCorruptRequest { session_id: connection.session, lease_id, block };
     tokio::spawn(async move {
         if let Err(status) = grpc.report_corrupt(request).await {
             tracing::debug!(error = status.message(), "a corrupt block could not be reported");

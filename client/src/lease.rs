@@ -20,11 +20,7 @@ pub struct Lease {
 
 impl Lease {
     pub(crate) fn new(session: u64, lease: u64, ttl: Duration, releases: mpsc::Sender<Release>) -> Self {
-        Self {
-            release: Release { session, lease },
-            deadline: Instant::now() + ttl,
-            releases,
-        }
+        Self { release: Release { session, lease }, deadline: Instant::now() + ttl, releases }
     }
 
     pub(crate) fn id(&self) -> u64 {

@@ -22,10 +22,7 @@ impl Lookup {
     }
 
     fn missed(count: usize, reason: MissReason) -> Self {
-        Self {
-            outcomes: vec![Outcome::Miss(reason); count],
-            run: None,
-        }
+        Self { outcomes: vec![Outcome::Miss(reason); count], run: None }
     }
 }
 
@@ -83,10 +80,7 @@ impl CacheClient {
             Lease::new(connection.session, answer.lease_id, ttl, self.releases())
         });
         parse(space, hashes, &answer, lease).map_err(|status| {
-            tracing::warn!(
-                error = status.message(),
-                "the cache server's answer makes no sense"
-            );
+            tracing::warn!(error = status.message(), "the cache server's answer makes no sense");
             MissReason::PeerDown
         })
     }
@@ -107,14 +101,6 @@ fn parse(
     if hits == 0 {
         return Err(Status::internal("a lease on nothing"));
     }
-    let run = Run {
-        lease,
-        space: space.clone(),
-        hashes: hashes[..hits].to_vec(),
-        checksums,
-    };
-    Ok(Lookup {
-        outcomes,
-        run: Some(run),
-    })
+    let run = Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums };
+    Ok(Lookup { outcomes, run: Some(run) })
 }

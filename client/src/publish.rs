@@ -85,9 +85,7 @@ impl CacheClient {
             tracing::debug!(error = status.message(), "a publish failed");
             reason(&status)
         };
-        let answer = until(deadline, connection.grpc.clone().reserve(request))
-            .await
-            .map_err(failed)?;
+        let answer = until(deadline, connection.grpc.clone().reserve(request)).await.map_err(failed)?;
         let grants =
             wire::parse_grants(&answer.grants, blocks.len()).map_err(|error| failed(error.into()))?;
         let mut granted = Vec::new();
@@ -105,9 +103,7 @@ impl CacheClient {
         if granted.is_empty() {
             return Ok(());
         }
-        let commits = send(&connection, answer.reservation_id, granted, deadline)
-            .await
-            .map_err(failed)?;
+        let commits = send(&connection, answer.reservation_id, granted, deadline).await.map_err(failed)?;
         for commit in commits {
             if let Some(place) = stored.get_mut(commit.block as usize) {
                 *place = outcome(commit.commit());
@@ -123,29 +119,17 @@ async fn send(
     granted: Vec<(u32, Block)>,
     deadline: Instant,
 ) -> Result<Vec<pb::BlockCommit>, Status> {
-    let header = pb::PublishHeader {
-        session_id: connection.session,
-        reservation_id,
-    };
-    let sums: Vec<(u32, usize, Checksum)> = granted
-        .iter()
-        .map(|(position, block)| (*position, block.bytes.len(), block.checksum))
-        .collect();
+    let header = pb::PublishHeader { session_id: connection.session, reservation_id };
+    let sums: Vec<(u32, usize, Checksum)> =
+        granted.iter().map(|(position, block)| (*position, block.bytes.len(), block.checksum)).collect();
     let mut sums = sums.into_iter().peekable();
-    let pieces = pack(
-        granted
-            .into_iter()
-            .map(|(position, block)| (position, block.bytes)),
-    );
+    let pieces = pack(granted.into_iter().map(|(position, block)| (position, block.bytes)));
     let messages = pieces.map(move |pieces| {
         let ended = |piece: &pb::BlockPiece| {
             let end = piece.offset as usize + piece.data.len();
             let (position, _, checksum) =
                 sums.next_if(|(position, len, _)| *position == piece.block && *len == end)?;
-            Some(pb::BlockSeal {
-                block: position,
-                checksum: checksum.0.to_vec().into(),
-            })
+            Some(pb::BlockSeal { block: position, checksum: checksum.0.to_vec().into() })
         };
         let seals = pieces.iter().filter_map(ended).collect();
         Chunk::Pieces(pb::PublishPieces { pieces, seals })

@@ -56,11 +56,7 @@ impl HostMemory {
     fn check(&self, offset: usize, bytes: usize) -> Result<(), DeviceError> {
         let end = offset.saturating_add(bytes);
         if end > self.bytes {
-            return Err(DeviceError::OutOfBounds {
-                offset,
-                end,
-                len: self.bytes,
-            });
+            return Err(DeviceError::OutOfBounds { offset, end, len: self.bytes });
         }
         Ok(())
     }
@@ -87,9 +83,7 @@ impl AsMut<[u8]> for HostPinned {
 fn zeroed(bytes: usize) -> Result<Vec<u128>, DeviceError> {
     let count = bytes.div_ceil(size_of::<u128>());
     let mut words = Vec::new();
-    words
-        .try_reserve_exact(count)
-        .map_err(|_| DeviceError::OutOfMemory { bytes })?;
+    words.try_reserve_exact(count).map_err(|_| DeviceError::OutOfMemory { bytes })?;
     words.resize(count, 0);
     Ok(words)
 }
@@ -105,33 +99,23 @@ impl Device for HostDevice {
     }
 
     fn allocate(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
-        Ok(HostMemory {
-            words: Arc::new(RwLock::new(zeroed(bytes)?)),
-            bytes,
-        })
+        Ok(HostMemory { words: Arc::new(RwLock::new(zeroed(bytes)?)), bytes })
     }
 
     fn allocate_pinned(&self, bytes: usize) -> Result<HostPinned, DeviceError> {
-        Ok(HostPinned {
-            words: zeroed(bytes)?,
-            bytes,
-        })
+        Ok(HostPinned { words: zeroed(bytes)?, bytes })
     }
 
     fn share(&self, buffer: HostPinned) -> HostMemory {
-        HostMemory {
-            words: Arc::new(RwLock::new(buffer.words)),
-            bytes: buffer.bytes,
-        }
+        HostMemory { words: Arc::new(RwLock::new(buffer.words)), bytes: buffer.bytes }
     }
 
     fn reclaim(&self, pinned: HostMemory) -> Result<HostPinned, HostMemory> {
         let HostMemory { words, bytes } = pinned;
         match Arc::try_unwrap(words) {
-            Ok(lock) => Ok(HostPinned {
-                words: lock.into_inner().unwrap_or_else(PoisonError::into_inner),
-                bytes,
-            }),
+            Ok(lock) => {
+                Ok(HostPinned { words: lock.into_inner().unwrap_or_else(PoisonError::into_inner), bytes })
+            }
             Err(words) => Err(HostMemory { words, bytes }),
         }
     }
@@ -159,9 +143,7 @@ pub struct HostStream {
 
 impl HostStream {
     fn issue(&self, work: impl FnOnce() + Send + 'static) -> Result<(), DeviceError> {
-        self.sender
-            .send(Box::new(work))
-            .map_err(|_| DeviceError::Lost("its thread ended".into()))
+        self.sender.send(Box::new(work)).map_err(|_| DeviceError::Lost("its thread ended".into()))
     }
 }
 
@@ -253,10 +235,7 @@ fn check_moves(
     moves: &[BlockMove],
 ) -> Result<(), DeviceError> {
     if pool.len() != shape.pool_bytes() {
-        return Err(DeviceError::SizeMismatch {
-            from: shape.pool_bytes(),
-            to: pool.len(),
-        });
+        return Err(DeviceError::SizeMismatch { from: shape.pool_bytes(), to: pool.len() });
     }
     for each in moves {
         staging.check(each.staging_offset, shape.block_bytes())?;

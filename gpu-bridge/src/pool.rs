@@ -61,10 +61,7 @@ impl BlockPool {
 
     /// Holds the slots of the longest named run from the start of a chain.
     pub fn share(&mut self, chain: &[BlockHash]) -> Vec<Slot> {
-        let run: Vec<Slot> = chain
-            .iter()
-            .map_while(|hash| self.named.get(hash).copied())
-            .collect();
+        let run: Vec<Slot> = chain.iter().map_while(|hash| self.named.get(hash).copied()).collect();
         for slot in &run {
             let state = &mut self.states[slot.0 as usize];
             if state.holders == 0 {
@@ -132,10 +129,7 @@ mod tests {
         let mut pool = BlockPool::new(4);
         let names = chain(1, 3);
         let slots: Vec<Slot> = names.iter().map(|_| pool.take().unwrap()).collect();
-        slots
-            .iter()
-            .zip(&names)
-            .for_each(|(slot, name)| pool.name(*slot, *name));
+        slots.iter().zip(&names).for_each(|(slot, name)| pool.name(*slot, *name));
         pool.release(&slots);
         assert_eq!(pool.available(), 4);
         assert_eq!(pool.share(&names), slots);

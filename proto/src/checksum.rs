@@ -45,12 +45,8 @@ impl TryFrom<&[u8]> for Checksum {
 
 /// The first eight bytes of space id and block hash, little endian, xored.
 fn seed(space: &SpaceId, hash: &BlockHash) -> u64 {
-    let first = |bytes: &[u8; 32]| {
-        bytes[..8]
-            .iter()
-            .rev()
-            .fold(0u64, |value, byte| (value << 8) | u64::from(*byte))
-    };
+    let first =
+        |bytes: &[u8; 32]| bytes[..8].iter().rev().fold(0u64, |value, byte| (value << 8) | u64::from(*byte));
     first(&space.0) ^ first(&hash.0)
 }
 

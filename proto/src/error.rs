@@ -50,11 +50,7 @@ pub enum Invalid {
 impl Invalid {
     /// An out-of-range number.
     pub fn range(field: &'static str, actual: u64, expected: impl Into<String>) -> Self {
-        Self::Range {
-            field,
-            actual,
-            expected: expected.into(),
-        }
+        Self::Range { field, actual, expected: expected.into() }
     }
 }
 

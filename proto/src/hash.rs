@@ -40,9 +40,7 @@ pub struct BlockHasher {
 
 impl Default for BlockHasher {
     fn default() -> Self {
-        Self {
-            domain: blake3::Hasher::new_derive_key(BLOCK_HASH_CONTEXT),
-        }
+        Self { domain: blake3::Hasher::new_derive_key(BLOCK_HASH_CONTEXT) }
     }
 }
 
@@ -103,11 +101,7 @@ impl BlockHash {
         }
         if hashes.len() > limits::MAX_BLOCKS_PER_REQUEST {
             let expected = format!("at most {}; split the request", limits::MAX_BLOCKS_PER_REQUEST);
-            return Err(Invalid::range(
-                "number of block_hashes",
-                hashes.len() as u64,
-                expected,
-            ));
+            return Err(Invalid::range("number of block_hashes", hashes.len() as u64, expected));
         }
         Ok(hashes.iter().map(|hash| Self(*hash)).collect())
     }

@@ -65,20 +65,12 @@ impl KeySpace {
     pub fn new(parts: SpaceParts) -> Result<Self, Invalid> {
         let name_bytes = parts.tenant.len();
         if name_bytes == 0 || name_bytes > limits::MAX_NAME_BYTES {
-            return Err(Invalid::Length {
-                field: "tenant",
-                actual: name_bytes,
-                expected: "1 to 256",
-            });
+            return Err(Invalid::Length { field: "tenant", actual: name_bytes, expected: "1 to 256" });
         }
         parts.shard.check(&parts.layout)?;
         let block_bytes = parts.layout.block_bytes(parts.dtype)?;
         let id = SpaceId(blake3::derive_key(SPACE_ID_CONTEXT, &encode(&parts)));
-        Ok(Self {
-            parts,
-            id,
-            block_bytes,
-        })
+        Ok(Self { parts, id, block_bytes })
     }
 
     /// Identity of the space.
@@ -118,22 +110,12 @@ fn encode(parts: &SpaceParts) -> Vec<u8> {
     out.extend(parts.model_fingerprint);
     out.push(parts.dtype.code());
     let layout = &parts.layout;
-    for axis in [
-        layout.layers(),
-        layout.kv_heads(),
-        layout.head_dim(),
-        layout.block_tokens(),
-    ] {
+    for axis in [layout.layers(), layout.kv_heads(), layout.head_dim(), layout.block_tokens()] {
         out.extend((axis as u32).to_le_bytes());
     }
     out.push(1);
     let shard = &parts.shard;
-    for value in [
-        shard.first_layer,
-        shard.total_layers,
-        shard.first_kv_head,
-        shard.total_kv_heads,
-    ] {
+    for value in [shard.first_layer, shard.total_layers, shard.first_kv_head, shard.total_kv_heads] {
         out.extend(value.to_le_bytes());
     }
     out.push(parts.hash_protocol.code());
@@ -164,13 +146,7 @@ impl fmt::Display for SpaceId {
 impl fmt::Debug for KeySpace {
     /// Leaves the salt out: it is a secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let SpaceParts {
-            tenant,
-            dtype,
-            layout,
-            shard,
-            ..
-        } = &self.parts;
+        let SpaceParts { tenant, dtype, layout, shard, .. } = &self.parts;
         f.debug_struct("KeySpace")
             .field("id", &self.id)
             .field("tenant", tenant)

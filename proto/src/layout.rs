@@ -61,19 +61,10 @@ impl Layout {
         ];
         for (field, value, max) in axes {
             if value == 0 || value > max {
-                return Err(Invalid::range(
-                    field,
-                    u64::from(value),
-                    format!("from 1 to {max}"),
-                ));
+                return Err(Invalid::range(field, u64::from(value), format!("from 1 to {max}")));
             }
         }
-        Ok(Self {
-            layers,
-            kv_heads,
-            head_dim,
-            block_tokens,
-        })
+        Ok(Self { layers, kv_heads, head_dim, block_tokens })
     }
 
     /// Transformer layers that the block covers.
@@ -111,23 +102,13 @@ impl Layout {
     /// # Errors
     /// When the block would be larger than [`limits::MAX_BLOCK_BYTES`].
     pub fn block_bytes(&self, dtype: Dtype) -> Result<u64, Invalid> {
-        let factors = [
-            self.layers,
-            2,
-            self.block_tokens,
-            self.kv_heads,
-            self.head_dim,
-            dtype.bytes() as u32,
-        ];
+        let factors = [self.layers, 2, self.block_tokens, self.kv_heads, self.head_dim, dtype.bytes() as u32];
         let bytes = factors
             .iter()
             .try_fold(1u64, |product, factor| product.checked_mul(u64::from(*factor)))
             .unwrap_or(u64::MAX);
         if bytes > limits::MAX_BLOCK_BYTES {
-            let expected = format!(
-                "at most {} bytes: use fewer tokens in a block",
-                limits::MAX_BLOCK_BYTES
-            );
+            let expected = format!("at most {} bytes: use fewer tokens in a block", limits::MAX_BLOCK_BYTES);
             return Err(Invalid::range("block size", bytes, expected));
         }
         Ok(bytes)
@@ -162,25 +143,12 @@ impl Shard {
     /// When the ranges that this shard and `layout` describe leave the model.
     pub fn check(&self, layout: &Layout) -> Result<(), Invalid> {
         let ranges = [
-            (
-                "shard.first_layer",
-                self.first_layer,
-                layout.layers,
-                self.total_layers,
-            ),
-            (
-                "shard.first_kv_head",
-                self.first_kv_head,
-                layout.kv_heads,
-                self.total_kv_heads,
-            ),
+            ("shard.first_layer", self.first_layer, layout.layers, self.total_layers),
+            ("shard.first_kv_head", self.first_kv_head, layout.kv_heads, self.total_kv_heads),
         ];
         for (field, first, count, total) in ranges {
             if total > limits::MAX_LAYOUT_AXIS || u64::from(first) + u64::from(count) > u64::from(total) {
-                let expected = format!(
-                    "such that {first} + {count} ≤ {total} ≤ {}",
-                    limits::MAX_LAYOUT_AXIS
-                );
+                let expected = format!("such that {first} + {count} ≤ {total} ≤ {}", limits::MAX_LAYOUT_AXIS);
                 return Err(Invalid::range(field, u64::from(first), expected));
             }
         }

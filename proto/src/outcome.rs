@@ -121,7 +121,5 @@ impl fmt::Display for Outcome {
 
 /// Runs of equal values, as outcomes and grants cross the wire.
 pub fn runs<T: PartialEq + Copy>(values: &[T]) -> impl Iterator<Item = (u32, T)> + '_ {
-    values
-        .chunk_by(|a, b| a == b)
-        .map(|run| (run.len() as u32, run[0]))
+    values.chunk_by(|a, b| a == b).map(|run| (run.len() as u32, run[0]))
 }

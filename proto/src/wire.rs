@@ -9,30 +9,17 @@ impl TryFrom<&pb::KeySpace> for KeySpace {
     type Error = Invalid;
 
     fn try_from(message: &pb::KeySpace) -> Result<Self, Invalid> {
-        let layout = message
-            .layout
-            .as_ref()
-            .ok_or(Invalid::Missing { field: "layout" })?;
+        let layout = message.layout.as_ref().ok_or(Invalid::Missing { field: "layout" })?;
         if layout.order() != pb::LayoutOrder::LayerKvTokenHead {
-            return Err(Invalid::Missing {
-                field: "layout.order",
-            });
+            return Err(Invalid::Missing { field: "layout.order" });
         }
-        let shard = message
-            .shard
-            .as_ref()
-            .ok_or(Invalid::Missing { field: "shard" })?;
+        let shard = message.shard.as_ref().ok_or(Invalid::Missing { field: "shard" })?;
         Self::new(SpaceParts {
             tenant: message.tenant.clone(),
             tenant_salt: array("tenant_salt", &message.tenant_salt)?,
             model_fingerprint: array("model_fingerprint", &message.model_fingerprint)?,
             dtype: dtype(message.dtype())?,
-            layout: Layout::new(
-                layout.layers,
-                layout.kv_heads,
-                layout.head_dim,
-                layout.block_tokens,
-            )?,
+            layout: Layout::new(layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens)?,
             shard: Shard {
                 first_layer: shard.first_layer,
                 total_layers: shard.total_layers,
@@ -43,9 +30,7 @@ impl TryFrom<&pb::KeySpace> for KeySpace {
                 pb::HashProtocol::CairnBlake3V1 => HashProtocol::CairnBlake3V1,
                 pb::HashProtocol::VllmSha256 => HashProtocol::VllmSha256,
                 pb::HashProtocol::Unspecified => {
-                    return Err(Invalid::Missing {
-                        field: "hash_protocol",
-                    });
+                    return Err(Invalid::Missing { field: "hash_protocol" });
                 }
             },
         })
@@ -90,11 +75,7 @@ fn dtype(value: pb::Dtype) -> Result<Dtype, Invalid> {
 }
 
 fn array(field: &'static str, bytes: &[u8]) -> Result<[u8; 32], Invalid> {
-    bytes.try_into().map_err(|_| Invalid::Length {
-        field,
-        actual: bytes.len(),
-        expected: "32",
-    })
+    bytes.try_into().map_err(|_| Invalid::Length { field, actual: bytes.len(), expected: "32" })
 }
 
 impl From<Tier> for pb::Tier {
@@ -153,10 +134,7 @@ impl TryFrom<pb::MissReason> for MissReason {
 /// Packs outcomes for the wire.
 pub fn outcome_runs(outcomes: &[Outcome]) -> Vec<pb::OutcomeRun> {
     let pack = |(count, outcome)| {
-        let mut run = pb::OutcomeRun {
-            count,
-            ..Default::default()
-        };
+        let mut run = pb::OutcomeRun { count, ..Default::default() };
         match outcome {
             Outcome::Hit(tier) => {
                 run.set_kind(pb::OutcomeKind::Hit);
@@ -187,9 +165,7 @@ pub fn parse_outcomes(message: &[pb::OutcomeRun], count: usize) -> Result<Vec<Ou
             pb::OutcomeKind::Busy => Outcome::Busy,
             pb::OutcomeKind::Corrupt => Outcome::Corrupt,
             pb::OutcomeKind::Unspecified => {
-                return Err(Invalid::Missing {
-                    field: "outcome kind",
-                });
+                return Err(Invalid::Missing { field: "outcome kind" });
             }
         };
         extend_run(&mut outcomes, outcome, run.count, count, "outcomes")?;
@@ -221,11 +197,7 @@ fn extend_run<T: Copy>(
 ) -> Result<(), Invalid> {
     let total = out.len().saturating_add(run as usize);
     if total > max {
-        return Err(Invalid::range(
-            field,
-            total as u64,
-            format!("{max}, as many as were asked for"),
-        ));
+        return Err(Invalid::range(field, total as u64, format!("{max}, as many as were asked for")));
     }
     out.resize(total, value);
     Ok(())
@@ -235,11 +207,7 @@ fn complete<T>(values: Vec<T>, count: usize, field: &'static str) -> Result<Vec<
     if values.len() == count {
         return Ok(values);
     }
-    Err(Invalid::range(
-        field,
-        values.len() as u64,
-        format!("{count}, as many as were asked for"),
-    ))
+    Err(Invalid::range(field, values.len() as u64, format!("{count}, as many as were asked for")))
 }
 
 /// The lease or reservation time to use for a requested one: 0 asks for the default.
@@ -255,9 +223,5 @@ pub fn clamp_ttl_ms(requested: u32) -> u32 {
 /// # Errors
 /// When the length is neither 0 nor 32.
 pub fn parse_parent(bytes: &[u8]) -> Result<Option<BlockHash>, Invalid> {
-    if bytes.is_empty() {
-        Ok(None)
-    } else {
-        BlockHash::try_from(bytes).map(Some)
-    }
+    if bytes.is_empty() { Ok(None) } else { BlockHash::try_from(bytes).map(Some) }
 }

@@ -34,16 +34,10 @@ pub fn tiny_config() -> Value {
 
 fn shapes(config: &Value) -> Vec<(String, Vec<usize>)> {
     let number = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("{key}")) as usize;
-    let (hidden, inner, vocabulary) = (
-        number("hidden_size"),
-        number("intermediate_size"),
-        number("vocab_size"),
-    );
+    let (hidden, inner, vocabulary) =
+        (number("hidden_size"), number("intermediate_size"), number("vocab_size"));
     let head = number("head_dim");
-    let (queries, keys) = (
-        head * number("num_attention_heads"),
-        head * number("num_key_value_heads"),
-    );
+    let (queries, keys) = (head * number("num_attention_heads"), head * number("num_key_value_heads"));
     let kind = config["model_type"].as_str().expect("model_type");
     let mut shapes = vec![
         ("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden]),
@@ -83,10 +77,7 @@ fn bytes(name: &str, shape: &[usize]) -> Vec<u8> {
         _ if name.ends_with(".bias") => 0.1 * raw,
         _ => raw * scale,
     };
-    values(name, count)
-        .into_iter()
-        .flat_map(|raw| value(raw).to_le_bytes())
-        .collect()
+    values(name, count).into_iter().flat_map(|raw| value(raw).to_le_bytes()).collect()
 }
 
 /// Numbers in [-1, 1) from a name: FNV-1a of the name, then xorshift64* a number.

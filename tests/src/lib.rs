@@ -25,9 +25,7 @@ pub fn config(slots: u64) -> Config {
 
 /// A started server and a client of it.
 pub async fn server_and_client(config: Config) -> (Server, CacheClient) {
-    let server = Server::start(config)
-        .await
-        .expect("a server starts on free ports");
+    let server = Server::start(config).await.expect("a server starts on free ports");
     let client = client(&server);
     (server, client)
 }
@@ -65,9 +63,8 @@ pub fn space_with(tenant: &str, layout: Layout) -> KeySpace {
 
 /// The chain of a made-up prompt: `seed` decides its tokens.
 pub fn hashes(space: &KeySpace, seed: u32, blocks: usize) -> Vec<BlockHash> {
-    let tokens: Vec<u32> = (0..(blocks * space.layout().block_tokens()) as u32)
-        .map(|i| i ^ (seed << 20))
-        .collect();
+    let tokens: Vec<u32> =
+        (0..(blocks * space.layout().block_tokens()) as u32).map(|i| i ^ (seed << 20)).collect();
     chain(space, &tokens, |_| &[])
 }
 
@@ -81,11 +78,7 @@ pub fn payload(space: &KeySpace, hash: &BlockHash) -> Vec<u8> {
 pub fn blocks(space: &KeySpace, hashes: &[BlockHash]) -> Vec<Block> {
     let block = |hash: &BlockHash| {
         let bytes = payload(space, hash);
-        Block {
-            hash: *hash,
-            checksum: Checksum::of(&space.id(), hash, &bytes),
-            bytes: bytes.into(),
-        }
+        Block { hash: *hash, checksum: Checksum::of(&space.id(), hash, &bytes), bytes: bytes.into() }
     };
     hashes.iter().map(block).collect()
 }

@@ -15,12 +15,7 @@ fn golden() -> Value {
 }
 
 fn numbers(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|n| n.as_u64().unwrap() as u32)
-        .collect()
+    value.as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as u32).collect()
 }
 
 fn model(config: &Value) -> Arc<Model> {
@@ -30,12 +25,7 @@ fn model(config: &Value) -> Arc<Model> {
 }
 
 fn options() -> EngineOptions {
-    EngineOptions {
-        kv_type: KvType::F32,
-        pool_tokens: 256,
-        chunk_tokens: 24,
-        ..EngineOptions::default()
-    }
+    EngineOptions { kv_type: KvType::F32, pool_tokens: 256, chunk_tokens: 24, ..EngineOptions::default() }
 }
 
 #[test]
@@ -50,11 +40,7 @@ fn logits_agree_with_transformers() {
         let rows: Vec<Row<'_>> = prompt
             .iter()
             .enumerate()
-            .map(|(position, token)| Row {
-                token: *token,
-                position,
-                slots: &slots,
-            })
+            .map(|(position, token)| Row { token: *token, position, slots: &slots })
             .collect();
         for (row, expected) in expected["logits"].as_object().unwrap() {
             let row: usize = row.parse().unwrap();
@@ -63,10 +49,7 @@ fn logits_agree_with_transformers() {
             assert_eq!(logits.len(), expected.len());
             for (token, (got, expected)) in logits.iter().zip(expected).enumerate() {
                 let difference = (f64::from(*got) - expected.as_f64().unwrap()).abs();
-                assert!(
-                    difference < TOLERANCE,
-                    "{kind}, row {row}, token {token}: {got} is not {expected}"
-                );
+                assert!(difference < TOLERANCE, "{kind}, row {row}, token {token}: {got} is not {expected}");
             }
         }
     }
@@ -80,15 +63,8 @@ async fn greedy_tokens_agree_with_transformers() {
         let engine = Engine::start(model(&expected["config"]), options(), None).unwrap();
         let request = Request {
             tokens: numbers(&golden["prompt"]),
-            work: Work::Generate {
-                max_tokens: expected_tokens.len(),
-                ignore_end: true,
-            },
-            sampling: Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-            },
+            work: Work::Generate { max_tokens: expected_tokens.len(), ignore_end: true },
+            sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
             use_cache: true,
         };
         let mut updates = engine.submit(request).await.unwrap();

@@ -21,13 +21,10 @@ fn options(folder: &Path, server: Option<&Server>) -> WorkerOptions {
         cache: server.map(|server| format!("http://{}", server.address())),
         prefill: None,
         prefill_timeout: Duration::from_secs(20),
+        delegate_min_tokens: 64,
         tenant: "t".into(),
         tenant_salt: [0; 32],
-        engine: EngineOptions {
-            pool_tokens: 2048,
-            chunk_tokens: 64,
-            ..EngineOptions::default()
-        },
+        engine: EngineOptions { pool_tokens: 2048, chunk_tokens: 64, ..EngineOptions::default() },
     }
 }
 
@@ -38,9 +35,7 @@ fn checkpoint() -> tempfile::TempDir {
 }
 
 fn prompt(length: usize, seed: u32) -> Vec<u32> {
-    (0..length as u32)
-        .map(|i| (i * i * 31 + i * 7 + seed * 13) % 256)
-        .collect()
+    (0..length as u32).map(|i| (i * i * 31 + i * 7 + seed * 13) % 256).collect()
 }
 
 #[derive(Debug)]
@@ -69,38 +64,25 @@ async fn ask(worker: &Worker, prompt: &[u32], cache: bool) -> Answer {
             .iter()
             .map(|id| id.as_u64().unwrap())
             .collect(),
-        cached: body["usage"]["prompt_tokens_details"]["cached_tokens"]
-            .as_u64()
-            .unwrap(),
+        cached: body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap(),
         loaded: body["cairn"]["loaded_tokens"].as_u64().unwrap(),
         remote_prefill: body["cairn"]["remote_prefill"].as_bool().unwrap(),
     }
 }
 
 async fn stored(server: &Server, blocks: usize) {
-    eventually("the worker's blocks are in the cache", || {
-        server.usage().resident_blocks >= blocks
-    })
-    .await;
+    eventually("the worker's blocks are in the cache", || server.usage().resident_blocks >= blocks).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_workers_state_serves_another_with_the_same_tokens() {
     let folder = checkpoint();
     let (server, _) = server_and_client(config(512)).await;
-    let first = Worker::start(options(folder.path(), Some(&server)))
-        .await
-        .unwrap();
-    let second = Worker::start(options(folder.path(), Some(&server)))
-        .await
-        .unwrap();
+    let first = Worker::start(options(folder.path(), Some(&server))).await.unwrap();
+    let second = Worker::start(options(folder.path(), Some(&server))).await.unwrap();
     let prompt = prompt(403, 1);
     let off = ask(&first, &prompt, false).await;
-    assert_eq!(
-        (off.cached, server.counters().asked_blocks),
-        (0, 0),
-        "off means off"
-    );
+    assert_eq!((off.cached, server.counters().asked_blocks), (0, 0), "off means off");
     let cold = ask(&first, &prompt, true).await;
     assert_eq!(cold.cached, 0);
     stored(&server, 403 / BLOCK).await;
@@ -114,18 +96,10 @@ async fn one_workers_state_serves_another_with_the_same_tokens() {
     let mut longer = prompt.clone();
     longer.extend(off.tokens.iter().map(|id| *id as u32));
     longer.extend([1, 2, 3]);
-    eventually("generated blocks are stored too", || {
-        server.usage().resident_blocks > 403 / BLOCK
-    })
-    .await;
-    let third = Worker::start(options(folder.path(), Some(&server)))
-        .await
-        .unwrap();
+    eventually("generated blocks are stored too", || server.usage().resident_blocks > 403 / BLOCK).await;
+    let third = Worker::start(options(folder.path(), Some(&server))).await.unwrap();
     let next_turn = ask(&third, &longer, true).await;
-    assert!(
-        next_turn.loaded > 400,
-        "the answer's own blocks are reused: {next_turn:?}"
-    );
+    assert!(next_turn.loaded > 400, "the answer's own blocks are reused: {next_turn:?}");
     assert_eq!(next_turn.tokens, ask(&third, &longer, false).await.tokens);
     server.audit().unwrap();
 }
@@ -135,11 +109,7 @@ async fn a_blocks_bytes_do_not_depend_on_batch_or_chunking() {
     let folder = checkpoint();
     let space = {
         let options = options(folder.path(), None);
-        key_space(
-            &Model::load(&options.model, options.weight_type).unwrap(),
-            &options,
-        )
-        .unwrap()
+        key_space(&Model::load(&options.model, options.weight_type).unwrap(), &options).unwrap()
     };
     let prompts: Vec<Vec<u32>> = (0..5).map(|seed| prompt(150 + 37 * seed, seed as u32)).collect();
     let mut contents: Vec<Vec<Vec<u8>>> = Vec::new();
@@ -151,11 +121,7 @@ async fn a_blocks_bytes_do_not_depend_on_batch_or_chunking() {
         let worker = Worker::start(options).await.unwrap();
         answers.push(if together {
             let all = prompts.iter().map(|prompt| ask(&worker, prompt, true));
-            futures::future::join_all(all)
-                .await
-                .into_iter()
-                .map(|answer| answer.tokens)
-                .collect()
+            futures::future::join_all(all).await.into_iter().map(|answer| answer.tokens).collect()
         } else {
             let mut all = Vec::new();
             for prompt in &prompts {
@@ -171,23 +137,14 @@ async fn a_blocks_bytes_do_not_depend_on_batch_or_chunking() {
             let run = client.lookup(&space, &hashes).await.run.unwrap();
             assert_eq!(run.len(), hashes.len());
             let mut targets = vec![vec![0u8; space.block_bytes() as usize]; run.len()];
-            assert!(
-                client
-                    .fetch(&run, 0, &mut targets)
-                    .await
-                    .iter()
-                    .all(|outcome| outcome.is_hit())
-            );
+            assert!(client.fetch(&run, 0, &mut targets).await.iter().all(|outcome| outcome.is_hit()));
             content.extend(targets);
         }
         contents.push(content);
         worker.shutdown().await;
     }
     for other in 1..contents.len() {
-        assert!(
-            contents[other] == contents[0],
-            "run {other} published other bytes"
-        );
+        assert!(contents[other] == contents[0], "run {other} published other bytes");
         assert_eq!(answers[other], answers[0]);
     }
 }
@@ -257,10 +214,7 @@ async fn requests_that_cannot_be_served_say_why() {
     let folder = checkpoint();
     let worker = Worker::start(options(folder.path(), None)).await.unwrap();
     let refused = [
-        (
-            json!({"prompt": prompt(3000, 0), "max_tokens": 1}),
-            "2048 is the most",
-        ),
+        (json!({"prompt": prompt(3000, 0), "max_tokens": 1}), "2048 is the most"),
         (json!({"prompt": [7], "max_tokens": 4000}), "2048 is the most"),
         (json!({"prompt": [999]}), "999 is not in the model's vocabulary"),
         (json!({"prompt": []}), "no tokens"),
@@ -273,18 +227,10 @@ async fn requests_that_cannot_be_served_say_why() {
         let (status, answer) = post(&worker, body).await;
         assert!((400..500).contains(&status), "{answer}");
         let message = answer["error"]["message"].as_str().unwrap();
-        assert!(
-            message.contains(expected),
-            "{message:?} does not say {expected:?}"
-        );
+        assert!(message.contains(expected), "{message:?} does not say {expected:?}");
     }
-    let start = |options| async {
-        Worker::start(options)
-            .await
-            .err()
-            .expect("it must not start")
-            .to_string()
-    };
+    let start =
+        |options| async { Worker::start(options).await.err().expect("it must not start").to_string() };
     let mut missing = options(folder.path(), None);
     missing.model = ModelPath::Files("/nonexistent/model.gguf".into());
     assert!(start(missing).await.contains("/nonexistent/model.gguf"));
@@ -310,14 +256,7 @@ async fn the_http_api_streams_stops_chats_and_counts() {
     let worker = Worker::start(options(folder.path(), None)).await.unwrap();
     let url = |path: &str| format!("http://{}{path}", worker.address());
     let client = reqwest::Client::new();
-    let models: Value = client
-        .get(url("/v1/models"))
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
+    let models: Value = client.get(url("/v1/models")).send().await.unwrap().json().await.unwrap();
     assert_eq!(models["data"][0]["id"], "tiny");
 
     let body = json!({"prompt": "abc", "max_tokens": 6, "temperature": 0, "ignore_eos": true});
@@ -328,28 +267,13 @@ async fn the_http_api_streams_stops_chats_and_counts() {
     let mut streamed = body.clone();
     streamed["stream"] = true.into();
     streamed["stream_options"] = json!({"include_usage": true});
-    let text = client
-        .post(url("/v1/completions"))
-        .json(&streamed)
-        .send()
-        .await
-        .unwrap()
-        .text()
-        .await
-        .unwrap();
-    let events: Vec<&str> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("data: "))
-        .collect();
+    let text =
+        client.post(url("/v1/completions")).json(&streamed).send().await.unwrap().text().await.unwrap();
+    let events: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
     assert_eq!(*events.last().unwrap(), "[DONE]");
-    let events: Vec<Value> = events[..events.len() - 1]
-        .iter()
-        .map(|event| serde_json::from_str(event).unwrap())
-        .collect();
-    let joined: String = events
-        .iter()
-        .filter_map(|event| event["choices"][0]["text"].as_str())
-        .collect();
+    let events: Vec<Value> =
+        events[..events.len() - 1].iter().map(|event| serde_json::from_str(event).unwrap()).collect();
+    let joined: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
     assert_eq!(joined, whole["choices"][0]["text"].as_str().unwrap());
     assert_eq!(events.last().unwrap()["usage"], whole["usage"]);
 
@@ -359,34 +283,16 @@ async fn the_http_api_streams_stops_chats_and_counts() {
     stopped["stop"] = stop.clone().into();
     let (_, answer) = post(&worker, stopped).await;
     let text = answer["choices"][0]["text"].as_str().unwrap();
-    assert!(
-        full.starts_with(text) && !text.contains(&stop),
-        "{text:?} of {full:?} stops at {stop:?}"
-    );
+    assert!(full.starts_with(text) && !text.contains(&stop), "{text:?} of {full:?} stops at {stop:?}");
 
     let sampled = json!({"prompt": "abc", "max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 7, "ignore_eos": true});
-    assert_eq!(
-        post(&worker, sampled.clone()).await.1["choices"],
-        post(&worker, sampled).await.1["choices"]
-    );
+    assert_eq!(post(&worker, sampled.clone()).await.1["choices"], post(&worker, sampled).await.1["choices"]);
 
     let chat = json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0});
-    let answer: Value = client
-        .post(url("/v1/chat/completions"))
-        .json(&chat)
-        .send()
-        .await
-        .unwrap()
-        .json()
-        .await
-        .unwrap();
+    let answer: Value =
+        client.post(url("/v1/chat/completions")).json(&chat).send().await.unwrap().json().await.unwrap();
     assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
-    let bad = client
-        .post(url("/v1/chat/completions"))
-        .body("{")
-        .send()
-        .await
-        .unwrap();
+    let bad = client.post(url("/v1/chat/completions")).body("{").send().await.unwrap();
     assert!(bad.status().is_client_error());
 }
 
@@ -394,22 +300,12 @@ async fn the_http_api_streams_stops_chats_and_counts() {
 async fn a_reader_that_leaves_frees_the_workers_slots() {
     let folder = checkpoint();
     let model = Model::load(&ModelPath::Files(folder.path().into()), WeightType::Bf16).unwrap();
-    let options = EngineOptions {
-        pool_tokens: 512,
-        ..EngineOptions::default()
-    };
+    let options = EngineOptions { pool_tokens: 512, ..EngineOptions::default() };
     let engine = Engine::start(model.into(), options, None).unwrap();
     let request = |tokens: usize| Request {
         tokens: prompt(tokens, 1),
-        work: Work::Generate {
-            max_tokens: 512 - tokens,
-            ignore_end: true,
-        },
-        sampling: Sampling {
-            temperature: 0.0,
-            top_p: 1.0,
-            seed: 0,
-        },
+        work: Work::Generate { max_tokens: 512 - tokens, ignore_end: true },
+        sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
         use_cache: false,
     };
     for _ in 0..20 {

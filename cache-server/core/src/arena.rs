@@ -60,11 +60,7 @@ impl Arena {
     /// `slot_bytes` must be at most a chunk.
     pub(crate) fn add_class(&mut self, slot_bytes: u64) -> ClassId {
         let slots_per_chunk = u32::try_from(self.chunk_bytes / slot_bytes).unwrap_or(u32::MAX);
-        self.classes.push(Class {
-            slots_per_chunk,
-            chunks: BTreeSet::new(),
-            open: BTreeSet::new(),
-        });
+        self.classes.push(Class { slots_per_chunk, chunks: BTreeSet::new(), open: BTreeSet::new() });
         ClassId(self.classes.len() as u32 - 1)
     }
 
@@ -91,10 +87,7 @@ impl Arena {
         }
         chunk.occupants[index as usize] = Occupant::Reserved;
         self.used_slots += 1;
-        Some(SlotId {
-            chunk: chunk_id,
-            index,
-        })
+        Some(SlotId { chunk: chunk_id, index })
     }
 
     /// A reserved slot now holds a block.

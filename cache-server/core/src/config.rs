@@ -64,25 +64,15 @@ impl CoreConfig {
             ("slot_align_bytes", self.slot_align_bytes),
             ("history_entries", self.history_entries as u64),
             ("max_leases_per_session", self.max_leases_per_session as u64),
-            (
-                "max_reservations_per_session",
-                self.max_reservations_per_session as u64,
-            ),
+            ("max_reservations_per_session", self.max_reservations_per_session as u64),
             ("max_spaces", self.max_spaces as u64),
         ];
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(ConfigError::Zero(name));
         }
-        let Self {
-            chunk_bytes,
-            slot_align_bytes,
-            ..
-        } = *self;
+        let Self { chunk_bytes, slot_align_bytes, .. } = *self;
         if !chunk_bytes.is_multiple_of(slot_align_bytes) {
-            return Err(ConfigError::Alignment {
-                chunk_bytes,
-                slot_align_bytes,
-            });
+            return Err(ConfigError::Alignment { chunk_bytes, slot_align_bytes });
         }
         for (i, tenant) in self.tenants.iter().enumerate() {
             if self.tenants[..i].iter().any(|other| other.name == tenant.name) {

@@ -23,21 +23,12 @@ pub(crate) struct History {
 impl History {
     pub(crate) fn new(capacity: usize) -> Self {
         let capacity = capacity.min(u32::MAX as usize);
-        Self {
-            ring: Vec::new(),
-            capacity,
-            next: 0,
-            positions: HashTable::new(),
-        }
+        Self { ring: Vec::new(), capacity, next: 0, positions: HashTable::new() }
     }
 
     pub(crate) fn record(&mut self, space: u32, hash: &BlockHash, reason: MissReason, at: Millis) {
         let fingerprint = fingerprint(space, hash);
-        let removal = Removal {
-            fingerprint,
-            at,
-            reason,
-        };
+        let removal = Removal { fingerprint, at, reason };
         if let Some(position) = self.position(fingerprint) {
             self.ring[position] = removal;
             return;
@@ -54,8 +45,7 @@ impl History {
             self.ring.push(removal);
         }
         let ring = &self.ring;
-        self.positions
-            .insert_unique(fingerprint, position as u32, |p| ring[*p as usize].fingerprint);
+        self.positions.insert_unique(fingerprint, position as u32, |p| ring[*p as usize].fingerprint);
     }
 
     pub(crate) fn find(&self, space: u32, hash: &BlockHash) -> Option<(MissReason, Millis)> {
@@ -64,9 +54,7 @@ impl History {
     }
 
     fn position(&self, fingerprint: u64) -> Option<usize> {
-        let found = self
-            .positions
-            .find(fingerprint, |p| self.ring[*p as usize].fingerprint == fingerprint);
+        let found = self.positions.find(fingerprint, |p| self.ring[*p as usize].fingerprint == fingerprint);
         found.map(|p| *p as usize)
     }
 }
@@ -92,10 +80,7 @@ mod tests {
         assert_eq!(history.find(0, &hash(0)), None);
         assert_eq!(history.find(0, &hash(1)), None);
         assert_eq!(history.find(0, &hash(2)), Some((MissReason::Evicted, Millis(2))));
-        assert_eq!(
-            history.find(0, &hash(4)),
-            Some((MissReason::Quarantined, Millis(9)))
-        );
+        assert_eq!(history.find(0, &hash(4)), Some((MissReason::Quarantined, Millis(9))));
         assert_eq!(history.find(1, &hash(4)), None);
     }
 }

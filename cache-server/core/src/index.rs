@@ -52,12 +52,7 @@ pub(crate) struct Index {
 
 impl Index {
     pub(crate) fn new(seed: [u64; 2]) -> Self {
-        Self {
-            table: HashTable::new(),
-            entries: Vec::new(),
-            free: Vec::new(),
-            seed,
-        }
+        Self { table: HashTable::new(), entries: Vec::new(), free: Vec::new(), seed }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -69,9 +64,7 @@ impl Index {
             let entry = &self.entries[*id as usize];
             entry.hash == *hash && entry.space == space
         };
-        self.table
-            .find(mix(self.seed, space, hash), matches)
-            .map(|id| EntryId(*id))
+        self.table.find(mix(self.seed, space, hash), matches).map(|id| EntryId(*id))
     }
 
     /// Adds a resident block that is not there yet.
@@ -100,9 +93,7 @@ impl Index {
             Some(place) => *place = entry,
             None => self.entries.push(entry),
         }
-        let Self {
-            table, entries, seed, ..
-        } = self;
+        let Self { table, entries, seed, .. } = self;
         table.insert_unique(mix(*seed, space, &hash), id, |id| {
             let entry = &entries[*id as usize];
             mix(*seed, entry.space, &entry.hash)
@@ -129,10 +120,7 @@ impl Index {
     }
 
     pub(crate) fn reference(&self, id: EntryId) -> EntryRef {
-        EntryRef {
-            id,
-            generation: self[id].generation,
-        }
+        EntryRef { id, generation: self[id].generation }
     }
 
     /// The entry, if it is still the same and resident.

@@ -35,50 +35,23 @@ impl Core {
         self.spaces.class_of(space).used = now;
         let busy = held >= self.config.max_leases_per_session;
         let mut outcomes = Vec::with_capacity(hashes.len());
-        outcomes.resize(
-            run.len(),
-            if busy {
-                Outcome::Busy
-            } else {
-                Outcome::Hit(Tier::Host)
-            },
-        );
+        outcomes.resize(run.len(), if busy { Outcome::Busy } else { Outcome::Hit(Tier::Host) });
         if let Some(hole) = hashes.get(run.len()) {
             let known = self.history.find(space, hole);
-            outcomes.push(Outcome::Miss(
-                known.map_or(MissReason::NeverStored, |(reason, _)| reason),
-            ));
+            outcomes.push(Outcome::Miss(known.map_or(MissReason::NeverStored, |(reason, _)| reason)));
             outcomes.resize(hashes.len(), Outcome::Miss(MissReason::ParentMissing));
         }
         self.counters.lookup(&outcomes);
         if run.is_empty() || busy {
-            return Ok(Reply::Found {
-                lease: None,
-                outcomes,
-                checksums: Vec::new(),
-            });
+            return Ok(Reply::Found { lease: None, outcomes, checksums: Vec::new() });
         }
         let checksums = self.touch_and_pin(now, space, &run);
         let lease = LeaseId(self.next_id());
         let deadline = now.plus(u64::from(ttl_ms));
         self.timers.set(deadline, Timer::Lease(lease));
-        self.leases.insert(
-            lease,
-            Lease {
-                session,
-                space,
-                deadline,
-                run,
-                reads: 0,
-                ended: false,
-            },
-        );
+        self.leases.insert(lease, Lease { session, space, deadline, run, reads: 0, ended: false });
         self.session(session)?.leases.insert(lease);
-        Ok(Reply::Found {
-            lease: Some(lease),
-            outcomes,
-            checksums,
-        })
+        Ok(Reply::Found { lease: Some(lease), outcomes, checksums })
     }
 
     /// Tail first, so that the head of the chain ends most recent.
@@ -132,26 +105,15 @@ impl Core {
         let lease = visible(&mut self.leases, session, id)?;
         let end = first.saturating_add(count);
         let Some(run) = lease.run.get(first..end) else {
-            return Err(Refusal::OutsideLease {
-                first,
-                end,
-                blocks: lease.run.len(),
-            });
+            return Err(Refusal::OutsideLease { first, end, blocks: lease.run.len() });
         };
         let slot = |id: &EntryId| {
             let entry = &self.index[*id];
-            ReadSlot {
-                slot: entry.slot,
-                hash: entry.hash,
-                checksum: entry.checksum,
-            }
+            ReadSlot { slot: entry.slot, hash: entry.hash, checksum: entry.checksum }
         };
         let slots = run.iter().map(slot).collect();
         lease.reads += 1;
-        Ok(Reply::Read {
-            space: self.spaces[lease.space].key.id(),
-            slots,
-        })
+        Ok(Reply::Read { space: self.spaces[lease.space].key.id(), slots })
     }
 
     pub(crate) fn end_read(&mut self, id: LeaseId) {
@@ -198,8 +160,7 @@ impl Core {
         let session = self.sessions.remove(&id).ok_or(Refusal::UnknownSession)?;
         for lease in session.leases {
             let deadline = self.leases.get(&lease).map(|lease| lease.deadline);
-            self.timers
-                .clear(deadline.unwrap_or_default(), Timer::Lease(lease));
+            self.timers.clear(deadline.unwrap_or_default(), Timer::Lease(lease));
             self.end_lease(lease);
         }
         for reservation in session.reservations {
@@ -223,8 +184,6 @@ fn visible(
     session: SessionId,
     id: LeaseId,
 ) -> Result<&mut Lease, Refusal> {
-    let lease = leases
-        .get_mut(&id)
-        .filter(|lease| lease.session == session && !lease.ended);
+    let lease = leases.get_mut(&id).filter(|lease| lease.session == session && !lease.ended);
     lease.ok_or(Refusal::UnknownLease)
 }

@@ -55,10 +55,7 @@ impl Core {
     ) -> Result<Reply, Refusal> {
         let max = self.config.max_reservations_per_session;
         if self.session(session)?.reservations.len() >= max {
-            return Err(Refusal::TooMany {
-                what: "reservations in one session",
-                max,
-            });
+            return Err(Refusal::TooMany { what: "reservations in one session", max });
         }
         let space = self.spaces.find(&space)?;
         self.spaces.class_of(space).used = now;
@@ -68,40 +65,24 @@ impl Core {
                 Some(id) => Some(self.pinned(id)),
                 None => {
                     let grants = vec![Grant::ParentMissing; hashes.len()];
-                    return Ok(Reply::Reserved {
-                        reservation: None,
-                        grants,
-                    });
+                    return Ok(Reply::Reserved { reservation: None, grants });
                 }
             },
         };
         self.touch_ancestors(now, space, parent);
         let (blocks, grants) = self.grant(now, space, hashes, effects);
         let deadline = now.plus(u64::from(ttl_ms));
-        let reservation = Reservation {
-            session,
-            space,
-            deadline,
-            parent,
-            blocks,
-            filling: false,
-            dead: false,
-        };
+        let reservation =
+            Reservation { session, space, deadline, parent, blocks, filling: false, dead: false };
         if !grants.contains(&Grant::Granted) {
             self.dissolve(now, reservation);
-            return Ok(Reply::Reserved {
-                reservation: None,
-                grants,
-            });
+            return Ok(Reply::Reserved { reservation: None, grants });
         }
         let id = ReservationId(self.next_id());
         self.timers.set(deadline, Timer::Reservation(id));
         self.reservations.insert(id, reservation);
         self.session(session)?.reservations.insert(id);
-        Ok(Reply::Reserved {
-            reservation: Some(id),
-            grants,
-        })
+        Ok(Reply::Reserved { reservation: Some(id), grants })
     }
 
     /// Pins what is stored already and finds room for the rest, until there is none.
@@ -119,11 +100,7 @@ impl Core {
             let (state, grant) = if let Some(id) = self.index.find(space, hash) {
                 (PendingState::Pinned(self.pinned(id)), Grant::AlreadyStored)
             } else {
-                let slot = if full {
-                    None
-                } else {
-                    self.make_room(now, space, effects)
-                };
+                let slot = if full { None } else { self.make_room(now, space, effects) };
                 full = slot.is_none();
                 match slot {
                     Some(slot) => (PendingState::Slot(slot), Grant::Granted),
@@ -149,18 +126,11 @@ impl Core {
             return Err(Refusal::FillInProgress);
         }
         let slot = |(block, pending): (usize, &Pending)| match pending.state {
-            PendingState::Slot(slot) => Some(FillSlot {
-                block,
-                slot,
-                hash: pending.hash,
-            }),
+            PendingState::Slot(slot) => Some(FillSlot { block, slot, hash: pending.hash }),
             _ => None,
         };
         let slots = reservation.blocks.iter().enumerate().filter_map(slot).collect();
-        Ok(Reply::Fill {
-            space: self.spaces[reservation.space].key.id(),
-            slots,
-        })
+        Ok(Reply::Fill { space: self.spaces[reservation.space].key.id(), slots })
     }
 
     pub(crate) fn commit(
@@ -173,11 +143,7 @@ impl Core {
         let Some(reservation) = self.reservations.get(&id).filter(|r| r.filling) else {
             return CommitOutcome::NotReserved;
         };
-        let Some(Pending {
-            hash,
-            state: PendingState::Slot(slot),
-        }) = reservation.blocks.get(block)
-        else {
+        let Some(Pending { hash, state: PendingState::Slot(slot) }) = reservation.blocks.get(block) else {
             return CommitOutcome::NotReserved;
         };
         if reservation.dead {
@@ -224,10 +190,7 @@ impl Core {
                 _ => return Err(()),
             },
         };
-        self.index
-            .resident(parent)
-            .map(|id| Some(self.index[id].hash))
-            .ok_or(())
+        self.index.resident(parent).map(|id| Some(self.index[id].hash)).ok_or(())
     }
 
     pub(crate) fn end_fill(&mut self, now: Millis, id: ReservationId) {
@@ -250,11 +213,7 @@ impl Core {
         id: ReservationId,
     ) -> Result<Reply, Refusal> {
         self.session(session)?;
-        if self
-            .reservations
-            .get(&id)
-            .is_some_and(|r| r.session == session && !r.dead)
-        {
+        if self.reservations.get(&id).is_some_and(|r| r.session == session && !r.dead) {
             self.abandon_reservation(now, id);
         }
         Ok(Reply::Done)
@@ -264,10 +223,7 @@ impl Core {
         self.counters.expired_reservations += 1;
         if let Some(reservation) = self.reservations.get(&id) {
             let space = reservation.space;
-            let given_up = reservation
-                .blocks
-                .iter()
-                .filter(|b| matches!(b.state, PendingState::Slot(_)));
+            let given_up = reservation.blocks.iter().filter(|b| matches!(b.state, PendingState::Slot(_)));
             for hash in given_up.map(|block| block.hash) {
                 self.history.record(space, &hash, MissReason::Expired, now);
             }
@@ -341,9 +297,7 @@ impl Core {
             if entry.ordered {
                 self.spaces.class_of(space).policy.touch(&mut self.nodes, id);
             }
-            next = self.index[id]
-                .parent
-                .and_then(|hash| self.index.find(space, &hash));
+            next = self.index[id].parent.and_then(|hash| self.index.find(space, &hash));
         }
     }
 
@@ -380,12 +334,8 @@ impl Core {
 
     fn victim_of_tenant(&self, tenant: usize, first: ClassId) -> Option<EntryId> {
         let of_tenant = |id: &ClassId| self.spaces.classes[id.0 as usize].tenant == tenant;
-        let others = (0..self.spaces.classes.len() as u32)
-            .map(ClassId)
-            .filter(|id| *id != first);
-        std::iter::once(first)
-            .chain(others.filter(of_tenant))
-            .find_map(|id| self.victim_of_class(id))
+        let others = (0..self.spaces.classes.len() as u32).map(ClassId).filter(|id| *id != first);
+        std::iter::once(first).chain(others.filter(of_tenant)).find_map(|id| self.victim_of_class(id))
     }
 
     fn victim_of_class(&self, id: ClassId) -> Option<EntryId> {
@@ -400,11 +350,7 @@ impl Core {
     /// own. Says whether the pool has a chunk now.
     fn take_over_chunk(&mut self, now: Millis, class: ClassId, effects: &mut Effects) -> bool {
         let classes = &self.spaces.classes;
-        let sharing = classes
-            .iter()
-            .filter(|c| now.since(c.used) < CLASS_IDLE_MS)
-            .count()
-            .max(1);
+        let sharing = classes.iter().filter(|c| now.since(c.used) < CLASS_IDLE_MS).count().max(1);
         let fair = (self.arena.total_chunks() / sharing).max(1);
         if self.arena.chunk_count(class) >= fair {
             return false;
@@ -434,19 +380,14 @@ impl Core {
     /// without pins.
     fn chunk_to_empty(&self, donors: &[ClassId]) -> Option<u32> {
         let victims = donors.iter().filter_map(|donor| self.victim_of_class(*donor));
-        let by_policy = victims
-            .map(|id| (self.index[id].touched, self.index[id].slot.chunk))
-            .min();
+        let by_policy = victims.map(|id| (self.index[id].touched, self.index[id].slot.chunk)).min();
         if let Some((_, chunk)) = by_policy
             && self.last_touch(chunk).is_some()
         {
             return Some(chunk);
         }
         let chunks = donors.iter().flat_map(|donor| self.arena.chunks_of(*donor));
-        chunks
-            .filter_map(|chunk| Some((self.last_touch(chunk)?, chunk)))
-            .min()
-            .map(|(_, chunk)| chunk)
+        chunks.filter_map(|chunk| Some((self.last_touch(chunk)?, chunk))).min().map(|(_, chunk)| chunk)
     }
 
     /// When a chunk's most recent block was touched; `None` if something in it cannot leave.

@@ -77,10 +77,7 @@ impl Spaces {
             return Ok(());
         }
         if self.spaces.len() >= self.max {
-            return Err(Refusal::TooMany {
-                what: "key spaces on this server",
-                max: self.max,
-            });
+            return Err(Refusal::TooMany { what: "key spaces on this server", max: self.max });
         }
         let tenant = self.tenant(&key.parts().tenant)?;
         let same = |class: &Class| class.tenant == tenant && class.slot_bytes == slot_bytes;
@@ -88,22 +85,12 @@ impl Spaces {
             Some(position) => ClassId(position as u32),
             None => {
                 let (id, policy) = new_class();
-                self.classes.push(Class {
-                    tenant,
-                    slot_bytes,
-                    policy,
-                    evictable: 0,
-                    used: Millis(0),
-                });
+                self.classes.push(Class { tenant, slot_bytes, policy, evictable: 0, used: Millis(0) });
                 id
             }
         };
         self.by_id.insert(key.id(), self.spaces.len() as u32);
-        self.spaces.push(Space {
-            key: key.clone(),
-            class,
-            resident: 0,
-        });
+        self.spaces.push(Space { key: key.clone(), class, resident: 0 });
         Ok(())
     }
 
@@ -114,11 +101,7 @@ impl Spaces {
         if !self.open_to_all {
             return Err(Refusal::UnknownTenant(name.to_owned()));
         }
-        self.tenants.push(Tenant {
-            name: name.to_owned(),
-            max_blocks: None,
-            slots: 0,
-        });
+        self.tenants.push(Tenant { name: name.to_owned(), max_blocks: None, slots: 0 });
         Ok(self.tenants.len() - 1)
     }
 

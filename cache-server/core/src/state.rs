@@ -71,41 +71,25 @@ impl Core {
             Event::OpenSession => Ok(self.open_session()),
             Event::EndSession(session) => self.end_session(now, session),
             Event::OpenSpace { session, space } => self.open_space(now, session, space),
-            Event::Lookup {
-                session,
-                space,
-                hashes,
-                ttl_ms,
-            } => self.lookup(now, session, space, hashes, ttl_ms),
-            Event::Renew {
-                session,
-                lease,
-                ttl_ms,
-            } => self.renew(now, session, lease, ttl_ms),
+            Event::Lookup { session, space, hashes, ttl_ms } => {
+                self.lookup(now, session, space, hashes, ttl_ms)
+            }
+            Event::Renew { session, lease, ttl_ms } => self.renew(now, session, lease, ttl_ms),
             Event::Release { session, lease } => self.release(session, lease),
-            Event::BeginRead {
-                session,
-                lease,
-                first,
-                count,
-            } => self.begin_read(session, lease, first, count),
+            Event::BeginRead { session, lease, first, count } => {
+                self.begin_read(session, lease, first, count)
+            }
             Event::EndRead(lease) => {
                 self.end_read(lease);
                 Ok(Reply::Done)
             }
-            Event::Reserve {
-                session,
-                space,
-                parent,
-                hashes,
-                ttl_ms,
-            } => self.reserve(now, (session, space), parent, (hashes, ttl_ms), &mut effects),
+            Event::Reserve { session, space, parent, hashes, ttl_ms } => {
+                self.reserve(now, (session, space), parent, (hashes, ttl_ms), &mut effects)
+            }
             Event::BeginFill { session, reservation } => self.begin_fill(session, reservation),
-            Event::Commit {
-                reservation,
-                block,
-                checksum,
-            } => Ok(Reply::Committed(self.commit(now, reservation, block, checksum))),
+            Event::Commit { reservation, block, checksum } => {
+                Ok(Reply::Committed(self.commit(now, reservation, block, checksum)))
+            }
             Event::EndFill(reservation) => {
                 self.end_fill(now, reservation);
                 Ok(Reply::Done)
@@ -169,20 +153,10 @@ impl Core {
         let slot_bytes = key.block_bytes().next_multiple_of(self.config.slot_align_bytes);
         let chunk_bytes = self.arena.chunk_bytes();
         if slot_bytes > chunk_bytes {
-            return Err(Refusal::BlockTooLarge {
-                block_bytes: slot_bytes,
-                chunk_bytes,
-            });
+            return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
         }
-        let Self {
-            spaces,
-            arena,
-            config,
-            ..
-        } = self;
-        spaces.open(key, slot_bytes, || {
-            (arena.add_class(slot_bytes), config.policy.build())
-        })?;
+        let Self { spaces, arena, config, .. } = self;
+        spaces.open(key, slot_bytes, || (arena.add_class(slot_bytes), config.policy.build()))?;
         let space = self.spaces.find(&key.id())?;
         self.spaces.class_of(space).used = now;
         Ok(Reply::Done)
@@ -217,14 +191,8 @@ impl Core {
     fn explain(&self, now: Millis, space: SpaceId, hash: &BlockHash) -> Result<Reply, Refusal> {
         let space = self.spaces.find(&space)?;
         let Some(id) = self.index.find(space, hash) else {
-            let (reason, at) = self
-                .history
-                .find(space, hash)
-                .unwrap_or((MissReason::NeverStored, now));
-            return Ok(Reply::Explained(BlockState::Absent {
-                reason,
-                ago_ms: now.since(at),
-            }));
+            let (reason, at) = self.history.find(space, hash).unwrap_or((MissReason::NeverStored, now));
+            return Ok(Reply::Explained(BlockState::Absent { reason, ago_ms: now.since(at) }));
         };
         let entry = &self.index[id];
         Ok(Reply::Explained(BlockState::Resident {

@@ -29,10 +29,7 @@ impl Server {
             max_spaces: 8,
             hash_seed: [3, 4],
         });
-        Self {
-            core: core.unwrap(),
-            now: 0,
-        }
+        Self { core: core.unwrap(), now: 0 }
     }
 
     fn apply(&mut self, event: Event<'_>) -> Reply {
@@ -61,13 +58,7 @@ impl Server {
             hash_protocol: HashProtocol::CairnBlake3V1,
         })
         .unwrap();
-        assert_eq!(
-            self.apply(Event::OpenSpace {
-                session,
-                space: &space
-            }),
-            Reply::Done
-        );
+        assert_eq!(self.apply(Event::OpenSpace { session, space: &space }), Reply::Done);
         space.id()
     }
 
@@ -77,13 +68,7 @@ impl Server {
         space: SpaceId,
         hashes: &[BlockHash],
     ) -> (Option<ReservationId>, Vec<Grant>) {
-        match self.apply(Event::Reserve {
-            session,
-            space,
-            parent: None,
-            hashes,
-            ttl_ms: 100,
-        }) {
+        match self.apply(Event::Reserve { session, space, parent: None, hashes, ttl_ms: 100 }) {
             Reply::Reserved { reservation, grants } => (reservation, grants),
             other => panic!("{other:?}"),
         }
@@ -97,11 +82,7 @@ impl Server {
     }
 
     fn commit(&mut self, reservation: ReservationId, block: usize) -> CommitOutcome {
-        match self.apply(Event::Commit {
-            reservation,
-            block,
-            checksum: Checksum([block as u8; 16]),
-        }) {
+        match self.apply(Event::Commit { reservation, block, checksum: Checksum([block as u8; 16]) }) {
             Reply::Committed(outcome) => outcome,
             other => panic!("{other:?}"),
         }
@@ -125,12 +106,7 @@ impl Server {
         space: SpaceId,
         hashes: &[BlockHash],
     ) -> (Option<LeaseId>, Vec<Outcome>) {
-        match self.apply(Event::Lookup {
-            session,
-            space,
-            hashes,
-            ttl_ms: 100,
-        }) {
+        match self.apply(Event::Lookup { session, space, hashes, ttl_ms: 100 }) {
             Reply::Found { lease, outcomes, .. } => (lease, outcomes),
             other => panic!("{other:?}"),
         }
@@ -158,21 +134,11 @@ fn a_lease_that_ends_during_a_read_keeps_the_bytes_until_the_read_ends() {
     let blocks = chain(1, 4);
     server.publish(session, space, &blocks);
     let lease = server.lookup(session, space, &blocks).0.unwrap();
-    let read = server.apply(Event::BeginRead {
-        session,
-        lease,
-        first: 1,
-        count: 2,
-    });
+    let read = server.apply(Event::BeginRead { session, lease, first: 1, count: 2 });
     assert!(matches!(read, Reply::Read { slots, .. } if slots.len() == 2));
     server.now = 1000;
     assert_eq!(
-        server.apply(Event::BeginRead {
-            session,
-            lease,
-            first: 0,
-            count: 1
-        }),
+        server.apply(Event::BeginRead { session, lease, first: 0, count: 1 }),
         Reply::Refused(Refusal::UnknownLease)
     );
     assert_eq!(
@@ -193,33 +159,17 @@ fn a_quarantined_block_leaves_at_once_and_its_slot_when_the_last_lease_ends() {
     let blocks = chain(1, 3);
     server.publish(session, space, &blocks);
     let lease = server.lookup(session, space, &blocks).0.unwrap();
-    server.apply(Event::Quarantine {
-        space,
-        hash: blocks[1],
-    });
+    server.apply(Event::Quarantine { space, hash: blocks[1] });
     let outcomes = server.lookup(session, space, &blocks).1;
     assert_eq!(outcomes[1], Outcome::Miss(MissReason::Quarantined));
     assert_eq!(outcomes[2], Outcome::Miss(MissReason::ParentMissing));
     assert_eq!(server.used_slots(), 3);
-    let explained = server.apply(Event::Explain {
-        space,
-        hash: blocks[2],
-    });
-    assert!(matches!(
-        explained,
-        Reply::Explained(BlockState::Resident { reachable: false, .. })
-    ));
+    let explained = server.apply(Event::Explain { space, hash: blocks[2] });
+    assert!(matches!(explained, Reply::Explained(BlockState::Resident { reachable: false, .. })));
     server.apply(Event::Release { session, lease });
     assert_eq!(server.used_slots(), 2);
-    assert_eq!(
-        server.publish(session, space, &blocks),
-        1,
-        "it can be published anew"
-    );
-    assert_eq!(
-        server.lookup(session, space, &blocks).1,
-        vec![Outcome::Hit(Tier::Host); 3]
-    );
+    assert_eq!(server.publish(session, space, &blocks), 1, "it can be published anew");
+    assert_eq!(server.lookup(session, space, &blocks).1, vec![Outcome::Hit(Tier::Host); 3]);
 }
 
 #[test]
@@ -234,19 +184,12 @@ fn an_orphaned_reservation_times_out_and_one_being_filled_fails_its_commits() {
     assert_eq!(server.used_slots(), 4);
     server.now = 1000;
     server.apply(Event::Tick);
-    assert_eq!(
-        server.used_slots(),
-        2,
-        "the orphan's room is free, the fill's is not"
-    );
+    assert_eq!(server.used_slots(), 2, "the orphan's room is free, the fill's is not");
     assert_eq!(server.commit(filling, 1), CommitOutcome::Expired);
     server.apply(Event::EndFill(filling));
     assert_eq!(server.used_slots(), 1);
     let outcomes = server.lookup(session, space, &chain(2, 2)).1;
-    assert_eq!(
-        outcomes,
-        vec![Outcome::Hit(Tier::Host), Outcome::Miss(MissReason::Expired)]
-    );
+    assert_eq!(outcomes, vec![Outcome::Hit(Tier::Host), Outcome::Miss(MissReason::Expired)]);
 }
 
 #[test]
@@ -255,19 +198,13 @@ fn the_first_committed_copy_wins_and_the_later_one_is_acknowledged_and_dropped()
     let (a, b) = (server.session(), server.session());
     let space = server.space(a, "t", 1);
     let blocks = chain(1, 2);
-    let (first, second) = (
-        server.reserve(a, space, &blocks).0.unwrap(),
-        server.reserve(b, space, &blocks).0.unwrap(),
-    );
+    let (first, second) =
+        (server.reserve(a, space, &blocks).0.unwrap(), server.reserve(b, space, &blocks).0.unwrap());
     server.fill(a, first);
     server.fill(b, second);
     assert_eq!(server.commit(second, 0), CommitOutcome::Committed);
     assert_eq!(server.commit(first, 0), CommitOutcome::Duplicate);
-    assert_eq!(
-        server.commit(first, 1),
-        CommitOutcome::Committed,
-        "it may go on above the other's copy"
-    );
+    assert_eq!(server.commit(first, 1), CommitOutcome::Committed, "it may go on above the other's copy");
     server.apply(Event::EndFill(first));
     server.apply(Event::EndFill(second));
     assert_eq!(server.used_slots(), 2);
@@ -281,12 +218,7 @@ fn the_end_of_a_session_frees_all_it_held_but_what_is_in_use_this_moment() {
     let space = server.space(session, "t", 1);
     server.publish(session, space, &chain(1, 2));
     let lease = server.lookup(session, space, &chain(1, 2)).0.unwrap();
-    server.apply(Event::BeginRead {
-        session,
-        lease,
-        first: 0,
-        count: 2,
-    });
+    server.apply(Event::BeginRead { session, lease, first: 0, count: 2 });
     let filling = server.reserve(session, space, &chain(2, 2)).0.unwrap();
     server.fill(session, filling);
     server.reserve(session, space, &chain(3, 2)).0.unwrap();
@@ -296,16 +228,8 @@ fn the_end_of_a_session_frees_all_it_held_but_what_is_in_use_this_moment() {
     server.apply(Event::EndFill(filling));
     server.apply(Event::EndRead(lease));
     let usage = server.core.usage();
-    assert_eq!(
-        (usage.sessions, usage.leases, usage.reservations, usage.used_slots),
-        (0, 0, 0, 2)
-    );
-    let dead = server.apply(Event::Lookup {
-        session,
-        space,
-        hashes: &chain(1, 1),
-        ttl_ms: 1,
-    });
+    assert_eq!((usage.sessions, usage.leases, usage.reservations, usage.used_slots), (0, 0, 0, 2));
+    let dead = server.apply(Event::Lookup { session, space, hashes: &chain(1, 1), ttl_ms: 1 });
     assert_eq!(dead, Reply::Refused(Refusal::UnknownSession));
 }
 
@@ -316,22 +240,12 @@ fn a_full_arena_with_everything_leased_grants_nothing_and_recovers() {
     let space = server.space(session, "t", 1);
     server.publish(session, space, &chain(1, 4));
     let lease = server.lookup(session, space, &chain(1, 4)).0.unwrap();
-    assert_eq!(
-        server.reserve(session, space, &chain(2, 2)),
-        (None, vec![Grant::NoSpace; 2])
-    );
-    assert_eq!(
-        server.lookup(session, space, &chain(2, 1)).1,
-        vec![Outcome::Miss(MissReason::NotAdmitted)]
-    );
+    assert_eq!(server.reserve(session, space, &chain(2, 2)), (None, vec![Grant::NoSpace; 2]));
+    assert_eq!(server.lookup(session, space, &chain(2, 1)).1, vec![Outcome::Miss(MissReason::NotAdmitted)]);
     server.apply(Event::Release { session, lease });
     assert_eq!(server.publish(session, space, &chain(2, 2)), 2);
     let left = server.lookup(session, space, &chain(1, 4)).1;
-    assert_eq!(
-        left[..2],
-        [Outcome::Hit(Tier::Host); 2],
-        "leaves leave before their parents"
-    );
+    assert_eq!(left[..2], [Outcome::Hit(Tier::Host); 2], "leaves leave before their parents");
     assert_eq!(left[2], Outcome::Miss(MissReason::Evicted));
 }
 
@@ -342,21 +256,14 @@ fn a_new_slot_size_gets_its_share_and_no_more() {
     let small = server.space(session, "t", 1);
     assert_eq!(server.publish(session, small, &chain(1, 16)), 16);
     let large = server.space(session, "t", 2);
-    assert_eq!(
-        server.publish(session, large, &chain(2, 8)),
-        8 / 2,
-        "two of four chunks, two slots each"
-    );
+    assert_eq!(server.publish(session, large, &chain(2, 8)), 8 / 2, "two of four chunks, two slots each");
     let left = server.lookup(session, small, &chain(1, 16)).1;
     assert_eq!(left.iter().filter(|outcome| outcome.is_hit()).count(), 8);
 }
 
 #[test]
 fn a_tenant_at_its_quota_evicts_its_own_and_nobody_elses() {
-    let quota = |name: &str, max_blocks| TenantQuota {
-        name: name.into(),
-        max_blocks,
-    };
+    let quota = |name: &str, max_blocks| TenantQuota { name: name.into(), max_blocks };
     let mut server = Server::with(4, 4, vec![quota("big", None), quota("small", Some(3))]);
     let session = server.session();
     let (big, small) = (server.space(session, "big", 1), server.space(session, "small", 1));
@@ -365,10 +272,7 @@ fn a_tenant_at_its_quota_evicts_its_own_and_nobody_elses() {
     assert_eq!(server.publish(session, small, &chain(3, 3)), 3);
     assert_eq!(server.core.spaces()[1].resident_blocks, 3);
     assert_eq!(server.core.spaces()[0].resident_blocks, 4);
-    assert_eq!(
-        server.reserve(session, small, &chain(4, 5)).1[3..],
-        [Grant::NoSpace; 2]
-    );
+    assert_eq!(server.reserve(session, small, &chain(4, 5)).1[3..], [Grant::NoSpace; 2]);
 }
 
 #[test]
@@ -376,57 +280,25 @@ fn limits_and_unknown_names_are_refused_with_their_reason() {
     let mut server = Server::new(1, 4);
     let session = server.session();
     let space = server.space(session, "t", 1);
-    let unknown = server.apply(Event::Lookup {
-        session,
-        space: SpaceId([9; 32]),
-        hashes: &[],
-        ttl_ms: 1,
-    });
+    let unknown = server.apply(Event::Lookup { session, space: SpaceId([9; 32]), hashes: &[], ttl_ms: 1 });
     assert_eq!(unknown, Reply::Refused(Refusal::UnknownSpace));
     server.publish(session, space, &chain(1, 1));
     for _ in 0..8 {
         server.lookup(session, space, &chain(1, 1)).0.unwrap();
     }
-    assert_eq!(
-        server.lookup(session, space, &chain(1, 1)),
-        (None, vec![Outcome::Busy])
-    );
-    let orphan = Event::Reserve {
-        session,
-        space,
-        parent: Some(chain(7, 1)[0]),
-        hashes: &chain(8, 2),
-        ttl_ms: 1,
-    };
-    let expected = Reply::Reserved {
-        reservation: None,
-        grants: vec![Grant::ParentMissing; 2],
-    };
+    assert_eq!(server.lookup(session, space, &chain(1, 1)), (None, vec![Outcome::Busy]));
+    let orphan =
+        Event::Reserve { session, space, parent: Some(chain(7, 1)[0]), hashes: &chain(8, 2), ttl_ms: 1 };
+    let expected = Reply::Reserved { reservation: None, grants: vec![Grant::ParentMissing; 2] };
     assert_eq!(server.apply(orphan), expected);
-    let fill = server.apply(Event::BeginFill {
-        session,
-        reservation: ReservationId(12345),
-    });
+    let fill = server.apply(Event::BeginFill { session, reservation: ReservationId(12345) });
     assert_eq!(fill, Reply::Refused(Refusal::UnknownReservation));
-    let (other, filling) = (
-        server.session(),
-        server.reserve(session, space, &chain(2, 1)).0.unwrap(),
-    );
-    let stolen = server.apply(Event::BeginFill {
-        session: other,
-        reservation: filling,
-    });
-    assert_eq!(
-        stolen,
-        Reply::Refused(Refusal::UnknownReservation),
-        "reservations belong to their session"
-    );
+    let (other, filling) = (server.session(), server.reserve(session, space, &chain(2, 1)).0.unwrap());
+    let stolen = server.apply(Event::BeginFill { session: other, reservation: filling });
+    assert_eq!(stolen, Reply::Refused(Refusal::UnknownReservation), "reservations belong to their session");
     server.fill(session, filling);
     assert_eq!(
-        server.apply(Event::BeginFill {
-            session,
-            reservation: filling
-        }),
+        server.apply(Event::BeginFill { session, reservation: filling }),
         Reply::Refused(Refusal::FillInProgress)
     );
     assert!(server.core.counters().balanced());

@@ -16,10 +16,7 @@ fn config(policy: PolicyKind, quota: Option<u64>) -> CoreConfig {
         chunk_bytes: 8 * 4096,
         slot_align_bytes: 4096,
         policy,
-        tenants: vec![TenantQuota {
-            name: "t".into(),
-            max_blocks: quota,
-        }],
+        tenants: vec![TenantQuota { name: "t".into(), max_blocks: quota }],
         history_entries: 64,
         max_leases_per_session: 4,
         max_reservations_per_session: 3,
@@ -89,12 +86,7 @@ impl Model {
     }
 
     fn expire(&mut self, now: u64) {
-        let due: Vec<_> = self
-            .leases
-            .iter()
-            .filter(|(_, l)| l.1 <= now)
-            .map(|(id, _)| *id)
-            .collect();
+        let due: Vec<_> = self.leases.iter().filter(|(_, l)| l.1 <= now).map(|(id, _)| *id).collect();
         for id in due {
             self.leases.remove(&id);
         }
@@ -144,31 +136,11 @@ impl Run {
         let ttl_ms = self.rng.random_range(1..40);
         let hashes = Self::chain(&path);
         let id = self.space.id();
-        let reply = self
-            .apply(Event::Lookup {
-                session,
-                space: id,
-                hashes: &hashes,
-                ttl_ms,
-            })
-            .reply;
-        let Reply::Found {
-            lease,
-            outcomes,
-            checksums,
-        } = reply
-        else {
-            panic!("{reply:?}")
-        };
-        let run = (1..=path.len())
-            .take_while(|n| self.model.sums.contains_key(&path[..*n]))
-            .count();
+        let reply = self.apply(Event::Lookup { session, space: id, hashes: &hashes, ttl_ms }).reply;
+        let Reply::Found { lease, outcomes, checksums } = reply else { panic!("{reply:?}") };
+        let run = (1..=path.len()).take_while(|n| self.model.sums.contains_key(&path[..*n])).count();
         let busy = self.model.leases.values().filter(|l| l.0 == session).count() >= 4;
-        let hit = if busy {
-            Outcome::Busy
-        } else {
-            Outcome::Hit(Tier::Host)
-        };
+        let hit = if busy { Outcome::Busy } else { Outcome::Hit(Tier::Host) };
         assert!(outcomes[..run].iter().all(|outcome| *outcome == hit));
         if let Some(hole) = outcomes.get(run) {
             let known = self.model.gone.get(&path[..=run]).copied();
@@ -184,9 +156,7 @@ impl Run {
             let expected: Vec<_> = run.iter().map(|path| self.model.sums[path]).collect();
             assert_eq!(checksums, expected);
             run.iter().rev().for_each(|path| self.model.touch(path));
-            self.model
-                .leases
-                .insert(lease, (session, self.now + u64::from(ttl_ms), run));
+            self.model.leases.insert(lease, (session, self.now + u64::from(ttl_ms), run));
         }
     }
 
@@ -196,31 +166,17 @@ impl Run {
         let start = self.rng.random_range(0..path.len());
         let (id, hashes) = (self.space.id(), Self::chain(&path)[start..].to_vec());
         let parent = (start > 0).then(|| hash(&path[..start]));
-        let reserve = Event::Reserve {
-            session,
-            space: id,
-            parent,
-            hashes: &hashes,
-            ttl_ms: 50,
-        };
+        let reserve = Event::Reserve { session, space: id, parent, hashes: &hashes, ttl_ms: 50 };
         let reply = self.apply(reserve).reply;
-        let Reply::Reserved { reservation, grants } = reply else {
-            panic!("{reply:?}")
-        };
+        let Reply::Reserved { reservation, grants } = reply else { panic!("{reply:?}") };
         let expected = self.model_reserve(&path, start);
         assert_eq!(grants, expected, "{path:?} from {start}");
         let Some(reservation) = reservation else {
             return;
         };
         let reply = self.apply(Event::BeginFill { session, reservation }).reply;
-        let Reply::Fill { slots, .. } = reply else {
-            panic!("{reply:?}")
-        };
-        let give_up_at = if self.rng.random_bool(0.2) {
-            self.rng.random_range(0..grants.len())
-        } else {
-            99
-        };
+        let Reply::Fill { slots, .. } = reply else { panic!("{reply:?}") };
+        let give_up_at = if self.rng.random_bool(0.2) { self.rng.random_range(0..grants.len()) } else { 99 };
         let mut broken = false;
         let mut committed = Vec::new();
         for (block, grant) in grants.iter().enumerate() {
@@ -230,20 +186,10 @@ impl Run {
                 broken = *grant != Grant::AlreadyStored;
                 continue;
             }
-            assert!(
-                slots
-                    .iter()
-                    .any(|slot| slot.block == block && slot.hash == hash(&path))
-            );
+            assert!(slots.iter().any(|slot| slot.block == block && slot.hash == hash(&path)));
             self.copies += 1;
             let checksum = sum(&path, self.copies);
-            let reply = self
-                .apply(Event::Commit {
-                    reservation,
-                    block,
-                    checksum,
-                })
-                .reply;
+            let reply = self.apply(Event::Commit { reservation, block, checksum }).reply;
             if broken {
                 assert_eq!(reply, Reply::Committed(CommitOutcome::ParentMissing));
                 continue;
@@ -279,10 +225,7 @@ impl Run {
             }
             if !full && self.model.sums.len() + reserved >= self.model.capacity {
                 let order = self.model.order.clone();
-                match order
-                    .iter()
-                    .find(|candidate| !self.model.pinned(candidate, &pinned))
-                {
+                match order.iter().find(|candidate| !self.model.pinned(candidate, &pinned)) {
                     Some(victim) => self.model.remove(victim, MissReason::Evicted),
                     None => full = true,
                 }
@@ -325,12 +268,7 @@ impl Run {
     }
 
     fn any_lease(&mut self) -> Option<(LeaseId, SessionId)> {
-        let all: Vec<_> = self
-            .model
-            .leases
-            .iter()
-            .map(|(id, lease)| (*id, lease.0))
-            .collect();
+        let all: Vec<_> = self.model.leases.iter().map(|(id, lease)| (*id, lease.0)).collect();
         (!all.is_empty()).then(|| all[self.rng.random_range(0..all.len())])
     }
 
@@ -346,15 +284,7 @@ impl Run {
         let Some((lease, session)) = self.any_lease() else {
             return;
         };
-        assert_eq!(
-            self.apply(Event::Renew {
-                session,
-                lease,
-                ttl_ms: 30
-            })
-            .reply,
-            Reply::Done
-        );
+        assert_eq!(self.apply(Event::Renew { session, lease, ttl_ms: 30 }).reply, Reply::Done);
         self.model.leases.get_mut(&lease).unwrap().1 = self.now + 30;
     }
 
@@ -365,10 +295,7 @@ impl Run {
             return;
         }
         let space = self.space.id();
-        self.apply(Event::Quarantine {
-            space,
-            hash: hash(&path),
-        });
+        self.apply(Event::Quarantine { space, hash: hash(&path) });
         if self.model.sums.contains_key(&path) {
             self.model.remove(&path, MissReason::Quarantined);
         }
@@ -377,20 +304,14 @@ impl Run {
     fn reconnect(&mut self, session: SessionId) {
         assert_eq!(self.apply(Event::EndSession(session)).reply, Reply::Done);
         self.model.leases.retain(|_, lease| lease.0 != session);
-        let Reply::Session(new) = self.apply(Event::OpenSession).reply else {
-            panic!()
-        };
+        let Reply::Session(new) = self.apply(Event::OpenSession).reply else { panic!() };
         self.sessions.retain(|old| *old != session);
         self.sessions.push(new);
     }
 }
 
 fn history(policy: PolicyKind, quota: Option<u64>, seed: u64, events: u64) {
-    let mut core = Core::new(CoreConfig {
-        history_entries: 4096,
-        ..config(policy, quota)
-    })
-    .unwrap();
+    let mut core = Core::new(CoreConfig { history_entries: 4096, ..config(policy, quota) }).unwrap();
     let space = space();
     let sessions: Vec<_> = (0..3)
         .map(|_| match core.apply(Millis(0), Event::OpenSession).reply {
@@ -398,35 +319,15 @@ fn history(policy: PolicyKind, quota: Option<u64>, seed: u64, events: u64) {
             other => panic!("{other:?}"),
         })
         .collect();
-    core.apply(
-        Millis(0),
-        Event::OpenSpace {
-            session: sessions[0],
-            space: &space,
-        },
-    );
+    core.apply(Millis(0), Event::OpenSpace { session: sessions[0], space: &space });
     let capacity = quota.map_or(SLOTS, |quota| SLOTS.min(quota as usize));
-    let model = Model {
-        fifo: policy == PolicyKind::Fifo,
-        capacity,
-        ..Model::default()
-    };
+    let model = Model { fifo: policy == PolicyKind::Fifo, capacity, ..Model::default() };
     let rng = StdRng::seed_from_u64(seed);
-    let mut run = Run {
-        core,
-        model,
-        space,
-        sessions,
-        now: 0,
-        copies: 0,
-        rng,
-    };
+    let mut run = Run { core, model, space, sessions, now: 0, copies: 0, rng };
     for event in 0..events {
         run.step();
         if event % AUDIT_EVERY == 0 {
-            run.core
-                .audit()
-                .unwrap_or_else(|broken| panic!("after event {event}: {broken}"));
+            run.core.audit().unwrap_or_else(|broken| panic!("after event {event}: {broken}"));
             assert_eq!(run.core.usage().resident_blocks, run.model.sums.len());
         }
     }
@@ -437,19 +338,12 @@ fn history(policy: PolicyKind, quota: Option<u64>, seed: u64, events: u64) {
     assert_eq!((usage.leases, usage.reservations), (0, 0));
     assert_eq!(usage.used_slots, usage.resident_blocks);
     run.core.audit().unwrap();
-    assert!(
-        run.core.counters().evicted_blocks > events / 100,
-        "the history must exercise eviction"
-    );
+    assert!(run.core.counters().evicted_blocks > events / 100, "the history must exercise eviction");
 }
 
 #[test]
 fn the_core_behaves_like_the_naive_model() {
-    let number = |name| {
-        std::env::vars()
-            .find(|(key, _)| key == name)
-            .map(|(_, v)| v.parse::<u64>().unwrap())
-    };
+    let number = |name| std::env::vars().find(|(key, _)| key == name).map(|(_, v)| v.parse::<u64>().unwrap());
     let seed = number("CAIRN_CORE_SEED").unwrap_or_else(rand::random);
     let events = number("CAIRN_CORE_EVENTS").unwrap_or(DEFAULT_EVENTS);
     println!("CAIRN_CORE_SEED={seed}");

@@ -26,12 +26,7 @@ impl pb::admin_server::Admin for AdminService {
 
 fn stats(context: &Context) -> pb::StatsResponse {
     let read = |core: &cairn_core::Core| {
-        (
-            core.counters().clone(),
-            core.usage(),
-            core.spaces(),
-            core.policy().name(),
-        )
+        (core.counters().clone(), core.usage(), core.spaces(), core.policy().name())
     };
     let (counters, usage, spaces, policy) = context.engine.inspect(read);
     let host = pb::TierStats {
@@ -44,10 +39,8 @@ fn stats(context: &Context) -> pb::StatsResponse {
         policy: policy.to_owned(),
     };
     let misses = MissReason::ALL.iter().zip(counters.missed_blocks);
-    let misses = misses.map(|(reason, blocks)| pb::ReasonCount {
-        reason: pb::MissReason::from(*reason).into(),
-        blocks,
-    });
+    let misses = misses
+        .map(|(reason, blocks)| pb::ReasonCount { reason: pb::MissReason::from(*reason).into(), blocks });
     let space = |usage: cairn_core::SpaceUsage| pb::SpaceStats {
         space_id: usage.space.id().0.to_vec().into(),
         space: Some(without_salt(&usage.space)),
@@ -76,8 +69,5 @@ fn stats(context: &Context) -> pb::StatsResponse {
 
 /// The salt is the tenant's secret.
 fn without_salt(space: &cairn_proto::KeySpace) -> pb::KeySpace {
-    pb::KeySpace {
-        tenant_salt: Default::default(),
-        ..pb::KeySpace::from(space)
-    }
+    pb::KeySpace { tenant_salt: Default::default(), ..pb::KeySpace::from(space) }
 }

@@ -18,23 +18,14 @@ impl pb::cache_server::Cache for CacheService {
     type FetchStream = fetch::FetchStream;
 
     async fn session(&self, request: Request<pb::SessionRequest>) -> Answer<Self::SessionStream> {
-        Ok(Response::new(Box::pin(session::open(
-            &self.0,
-            request.get_ref(),
-        )?)))
+        Ok(Response::new(Box::pin(session::open(&self.0, request.get_ref())?)))
     }
 
     async fn open_space(&self, request: Request<pb::OpenSpaceRequest>) -> Answer<pb::OpenSpaceResponse> {
         let request = request.into_inner();
-        let space = request
-            .space
-            .as_ref()
-            .ok_or_else(|| Status::invalid_argument("space is missing"))?;
+        let space = request.space.as_ref().ok_or_else(|| Status::invalid_argument("space is missing"))?;
         let space = KeySpace::try_from(space)?;
-        let event = Event::OpenSpace {
-            session: SessionId(request.session_id),
-            space: &space,
-        };
+        let event = Event::OpenSpace { session: SessionId(request.session_id), space: &space };
         self.0.engine.apply(event).map_err(refused)?;
         Ok(Response::new(pb::OpenSpaceResponse {
             space_id: space.id().0.to_vec().into(),
@@ -55,12 +46,7 @@ impl pb::cache_server::Cache for CacheService {
             ttl_ms,
         };
         let reply = self.0.engine.apply(event).map_err(refused)?;
-        let Reply::Found {
-            lease,
-            outcomes,
-            checksums,
-        } = reply
-        else {
+        let Reply::Found { lease, outcomes, checksums } = reply else {
             return Err(unexpected());
         };
         self.0.metrics.observe("lookup", started);
@@ -99,10 +85,7 @@ impl pb::cache_server::Cache for CacheService {
             Grant::NoSpace => pb::Grant::NoSpace,
             Grant::ParentMissing => pb::Grant::ParentMissing,
         };
-        let packed = runs(&grants).map(|(count, run)| pb::GrantRun {
-            count,
-            grant: grant(run).into(),
-        });
+        let packed = runs(&grants).map(|(count, run)| pb::GrantRun { count, grant: grant(run).into() });
         self.0.metrics.observe("reserve", started);
         Ok(Response::new(pb::ReserveResponse {
             reservation_id: reservation.map_or(0, |reservation| reservation.0),
@@ -119,15 +102,9 @@ impl pb::cache_server::Cache for CacheService {
     }
 
     async fn abort(&self, request: Request<pb::AbortRequest>) -> Answer<pb::AbortResponse> {
-        let pb::AbortRequest {
-            session_id,
-            reservation_id,
-        } = request.into_inner();
+        let pb::AbortRequest { session_id, reservation_id } = request.into_inner();
         let reservation = ReservationId(reservation_id);
-        let event = Event::Abort {
-            session: SessionId(session_id),
-            reservation,
-        };
+        let event = Event::Abort { session: SessionId(session_id), reservation };
         self.0.engine.apply(event).map_err(refused)?;
         Ok(Response::new(pb::AbortResponse {}))
     }
@@ -136,14 +113,7 @@ impl pb::cache_server::Cache for CacheService {
         let request = request.into_inner();
         let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
         let (session, lease) = (SessionId(request.session_id), LeaseId(request.lease_id));
-        self.0
-            .engine
-            .apply(Event::Renew {
-                session,
-                lease,
-                ttl_ms,
-            })
-            .map_err(refused)?;
+        self.0.engine.apply(Event::Renew { session, lease, ttl_ms }).map_err(refused)?;
         Ok(Response::new(pb::RenewLeaseResponse { ttl_ms }))
     }
 
@@ -154,13 +124,7 @@ impl pb::cache_server::Cache for CacheService {
         let request = request.into_inner();
         let session = SessionId(request.session_id);
         for lease in request.lease_ids {
-            self.0
-                .engine
-                .apply(Event::Release {
-                    session,
-                    lease: LeaseId(lease),
-                })
-                .map_err(refused)?;
+            self.0.engine.apply(Event::Release { session, lease: LeaseId(lease) }).map_err(refused)?;
         }
         Ok(Response::new(pb::ReleaseLeaseResponse {}))
     }
@@ -171,19 +135,12 @@ impl pb::cache_server::Cache for CacheService {
     ) -> Answer<pb::ReportCorruptResponse> {
         let request = request.into_inner();
         let names = (SessionId(request.session_id), LeaseId(request.lease_id));
-        let read = self
-            .0
-            .engine
-            .read(names, request.block as usize, 1)
-            .map_err(refused)?;
+        let read = self.0.engine.read(names, request.block as usize, 1).map_err(refused)?;
         let block = read.blocks.first().ok_or_else(unexpected)?;
         let quarantined = Checksum::of(&read.space, &block.hash, block.bytes.as_ref()) != block.checksum;
         if quarantined {
             tracing::error!(space = ?read.space, hash = ?block.hash, "a stored block is corrupt: quarantined");
-            let event = Event::Quarantine {
-                space: read.space,
-                hash: block.hash,
-            };
+            let event = Event::Quarantine { space: read.space, hash: block.hash };
             self.0.engine.apply(event).map_err(refused)?;
         } else {
             tracing::warn!(space = ?read.space, hash = ?block.hash, "a block was corrupted on its way to a client");
@@ -196,18 +153,11 @@ impl pb::cache_server::Cache for CacheService {
         let space = SpaceId::try_from(request.space_id.as_ref())?;
         let mut blocks = Vec::new();
         for hash in BlockHash::parse_list(&request.block_hashes)? {
-            let reply = self
-                .0
-                .engine
-                .apply(Event::Explain { space, hash })
-                .map_err(refused)?;
+            let reply = self.0.engine.apply(Event::Explain { space, hash }).map_err(refused)?;
             let Reply::Explained(state) = reply else {
                 return Err(unexpected());
             };
-            blocks.push(explanation(
-                state,
-                self.0.engine.inspect(|core| core.policy().name()),
-            ));
+            blocks.push(explanation(state, self.0.engine.inspect(|core| core.policy().name())));
         }
         Ok(Response::new(pb::ExplainResponse { blocks }))
     }
@@ -216,21 +166,16 @@ impl pb::cache_server::Cache for CacheService {
 fn explanation(state: BlockState, policy: &str) -> pb::BlockExplanation {
     use pb::block_explanation::State;
     let state = match state {
-        BlockState::Resident {
-            tier,
-            bytes,
-            leases,
-            idle_ms,
-            checksum,
-            reachable,
-        } => State::Resident(pb::ResidentBlock {
-            tier: pb::Tier::from(tier).into(),
-            bytes,
-            leases,
-            idle_ms,
-            checksum: checksum.0.to_vec().into(),
-            reachable,
-        }),
+        BlockState::Resident { tier, bytes, leases, idle_ms, checksum, reachable } => {
+            State::Resident(pb::ResidentBlock {
+                tier: pb::Tier::from(tier).into(),
+                bytes,
+                leases,
+                idle_ms,
+                checksum: checksum.0.to_vec().into(),
+                reachable,
+            })
+        }
         BlockState::Absent { reason, ago_ms } => {
             let decided = reason == cairn_proto::MissReason::Evicted;
             State::Absent(pb::AbsentBlock {

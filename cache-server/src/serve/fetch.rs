@@ -21,10 +21,7 @@ type Blocks = Box<dyn Iterator<Item = (u32, Bytes)> + Send>;
 pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<FetchStream, Status> {
     let (first, count) = (request.first as usize, request.count as usize);
     if count > limits::MAX_BLOCKS_PER_REQUEST {
-        return Err(Status::invalid_argument(format!(
-            "at most {} blocks",
-            limits::MAX_BLOCKS_PER_REQUEST
-        )));
+        return Err(Status::invalid_argument(format!("at most {} blocks", limits::MAX_BLOCKS_PER_REQUEST)));
     }
     let names = (SessionId(request.session_id), LeaseId(request.lease_id));
     let read = context.engine.read(names, first, count).map_err(refused)?;
@@ -70,9 +67,9 @@ impl Stream for FetchStream {
 
     fn poll_next(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
         let item = match &mut *lock(&self.state) {
-            State::Revoked => Some(Err(Status::deadline_exceeded(
-                "the fetch took too long; its blocks are released",
-            ))),
+            State::Revoked => {
+                Some(Err(Status::deadline_exceeded("the fetch took too long; its blocks are released")))
+            }
             State::Sending(chunks) => chunks.next().map(|pieces| Ok(pb::FetchChunk { pieces })),
         };
         if let Some(Ok(chunk)) = &item {

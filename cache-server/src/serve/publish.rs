@@ -17,9 +17,7 @@ pub(crate) async fn receive(
 ) -> Result<pb::PublishResponse, Status> {
     let _transfer = context.transfers.token();
     let Some(Chunk::Header(header)) = next(context, &mut chunks).await? else {
-        return Err(Status::invalid_argument(
-            "the first message of a publish must be its header",
-        ));
+        return Err(Status::invalid_argument("the first message of a publish must be its header"));
     };
     let names = (SessionId(header.session_id), ReservationId(header.reservation_id));
     let fill = context.engine.fill(names.0, names.1).map_err(refused)?;
@@ -111,22 +109,15 @@ impl Receiver {
                 CommitOutcome::NotReserved => return Err(super::unexpected()),
             },
         };
-        self.commits.push(pb::BlockCommit {
-            block: seal.block,
-            commit: commit.into(),
-        });
+        self.commits.push(pb::BlockCommit { block: seal.block, commit: commit.into() });
         Ok(())
     }
 
     fn finish(mut self) -> pb::PublishResponse {
         let unsealed = self.open.keys();
-        let incomplete = |block: &u32| pb::BlockCommit {
-            block: *block,
-            commit: pb::Commit::Incomplete.into(),
-        };
+        let incomplete =
+            |block: &u32| pb::BlockCommit { block: *block, commit: pb::Commit::Incomplete.into() };
         self.commits.extend(unsealed.map(incomplete));
-        pb::PublishResponse {
-            commits: self.commits,
-        }
+        pb::PublishResponse { commits: self.commits }
     }
 }

@@ -37,18 +37,13 @@ pub(crate) fn open(
     }
     if context.engine.inspect(|core| core.usage().sessions) >= context.max_sessions {
         let max = context.max_sessions;
-        return Err(Status::resource_exhausted(format!(
-            "at most {max} sessions; raise limits.max_sessions"
-        )));
+        return Err(Status::resource_exhausted(format!("at most {max} sessions; raise limits.max_sessions")));
     }
     let Reply::Session(id) = context.engine.apply(Event::OpenSession).map_err(refused)? else {
         return Err(unexpected());
     };
     tracing::debug!(session = id.0, client = request.client_name, "session opened");
-    let guard = SessionGuard {
-        engine: context.engine.clone(),
-        id,
-    };
+    let guard = SessionGuard { engine: context.engine.clone(), id };
     let opened = pb::session_event::Event::Opened(pb::SessionOpened {
         session_id: id.0,
         server_epoch: context.engine.epoch(),
@@ -67,10 +62,7 @@ pub(crate) fn open(
         .chain(stream::once(drained))
         .map(|event| Ok(pb::SessionEvent { event: Some(event) }))
         .chain(stream::once(finished).filter_map(|()| async { None }));
-    Ok(Guarded {
-        events: Box::pin(events),
-        _guard: guard,
-    })
+    Ok(Guarded { events: Box::pin(events), _guard: guard })
 }
 
 /// The events, and the session that ends with them.

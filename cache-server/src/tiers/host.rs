@@ -56,10 +56,7 @@ impl HostArena {
         let wanted = u64::from(chunks).saturating_mul(chunk_bytes);
         if total.is_some_and(|total| wanted > total) {
             let total_mib = total.unwrap_or_default() >> 20;
-            return Err(ArenaError::TooLarge {
-                wanted_mib: wanted >> 20,
-                total_mib,
-            });
+            return Err(ArenaError::TooLarge { wanted_mib: wanted >> 20, total_mib });
         }
         let make = |chunk| Chunk::new(chunk_bytes).map_err(|source| ArenaError::Chunk { chunk, source });
         let chunks = (0..chunks).map(make).collect::<Result<_, _>>()?;
@@ -82,33 +79,20 @@ impl HostArena {
     /// The bytes of a slot that a read holds in place.
     pub(crate) fn bytes(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<ReadGuard>) -> SlotBytes {
         self.range(slot, len);
-        SlotBytes {
-            arena: self.clone(),
-            slot,
-            len,
-            _guard: guard,
-        }
+        SlotBytes { arena: self.clone(), slot, len, _guard: guard }
     }
 
     /// The right to write a slot that a fill holds. The engine makes one for each slot of a fill.
     pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<FillGuard>) -> SlotWriter {
         self.range(slot, len);
-        SlotWriter {
-            arena: self.clone(),
-            slot,
-            len,
-            _guard: guard,
-        }
+        SlotWriter { arena: self.clone(), slot, len, _guard: guard }
     }
 
     /// First byte of a slot in its chunk. Slots are `len` rounded up to the alignment that the core uses.
     fn range(&self, slot: SlotId, len: u64) -> usize {
         let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
         let start = u64::from(slot.index) * slot_bytes;
-        assert!(
-            start + len <= self.chunk_bytes,
-            "{slot:?} of {len} bytes is outside its chunk"
-        );
+        assert!(start + len <= self.chunk_bytes, "{slot:?} of {len} bytes is outside its chunk");
         start as usize
     }
 
@@ -121,10 +105,7 @@ impl HostArena {
 
 impl Chunk {
     fn new(bytes: u64) -> std::io::Result<Self> {
-        let file = memfd_create(
-            c"cairn-host-chunk",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )?;
+        let file = memfd_create(c"cairn-host-chunk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, bytes)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         let file = File::from(file);
@@ -168,10 +149,7 @@ impl Target for SlotWriter {
 
     fn write(&mut self, offset: u64, bytes: &[u8]) {
         let end = offset.checked_add(bytes.len() as u64);
-        assert!(
-            end.is_some_and(|end| end <= self.len),
-            "a write past the end of its slot"
-        );
+        assert!(end.is_some_and(|end| end <= self.len), "a write past the end of its slot");
         let pointer = self.arena.pointer(self.slot, self.len);
         // SAFETY: the range is inside the slot (asserted) and so inside the mapping. Nobody else reads or writes it: the
         // core hands a reserved slot to one fill at a time, the engine makes one writer for each slot of a

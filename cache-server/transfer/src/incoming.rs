@@ -58,10 +58,7 @@ pub struct Incoming {
 impl Incoming {
     /// Nothing received yet.
     pub fn new(space: &SpaceId, hash: &BlockHash) -> Self {
-        Self {
-            received: 0,
-            checksum: StreamingChecksum::new(space, hash),
-        }
+        Self { received: 0, checksum: StreamingChecksum::new(space, hash) }
     }
 
     /// Stores one piece and adds it to the checksum while it is in the CPU cache.
@@ -75,17 +72,11 @@ impl Incoming {
         target: &mut T,
     ) -> Result<(), PieceError> {
         if offset != self.received {
-            return Err(PieceError::OutOfOrder {
-                offset,
-                expected: self.received,
-            });
+            return Err(PieceError::OutOfOrder { offset, expected: self.received });
         }
         let end = offset + data.len() as u64;
         if end > target.len() {
-            return Err(PieceError::TooLong {
-                end,
-                len: target.len(),
-            });
+            return Err(PieceError::TooLong { end, len: target.len() });
         }
         target.write(offset, data);
         self.checksum.update(data);
@@ -108,10 +99,7 @@ mod tests {
 
     fn blocks() -> impl Strategy<Value = Vec<Vec<u8>>> {
         let size = prop_oneof![1usize..2000, 900_000usize..2_500_000];
-        proptest::collection::vec(
-            size.prop_map(|n| (0..n).map(|i| (i * 31 % 251) as u8).collect()),
-            1..6,
-        )
+        proptest::collection::vec(size.prop_map(|n| (0..n).map(|i| (i * 31 % 251) as u8).collect()), 1..6)
     }
 
     proptest! {
@@ -143,13 +131,7 @@ mod tests {
         let mut target = [0u8; 4];
         let mut incoming = Incoming::new(&SpaceId([0; 32]), &BlockHash([0; 32]));
         let early = incoming.accept(1, &[9], &mut target[..]);
-        assert_eq!(
-            early,
-            Err(PieceError::OutOfOrder {
-                offset: 1,
-                expected: 0
-            })
-        );
+        assert_eq!(early, Err(PieceError::OutOfOrder { offset: 1, expected: 0 }));
         let long = incoming.accept(0, &[9; 5], &mut target[..]);
         assert_eq!(long, Err(PieceError::TooLong { end: 5, len: 4 }));
         assert_eq!(target, [0; 4]);

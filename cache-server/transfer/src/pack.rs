@@ -23,10 +23,8 @@ impl<I: Iterator<Item = (u32, Bytes)>> Iterator for Pack<I> {
         let mut pieces = Vec::new();
         let mut room = limits::CHUNK_BYTES;
         while room > 0 {
-            let next = self
-                .rest
-                .take()
-                .or_else(|| self.blocks.next().map(|(block, bytes)| (block, 0, bytes)));
+            let next =
+                self.rest.take().or_else(|| self.blocks.next().map(|(block, bytes)| (block, 0, bytes)));
             let Some((block, offset, mut bytes)) = next else {
                 break;
             };

@@ -11,10 +11,5 @@ pub(crate) struct CompletionOptions {
 }
 
 pub(crate) fn run(options: &CompletionOptions) {
-    clap_complete::generate(
-        options.shell,
-        &mut crate::Cli::command(),
-        "cairn",
-        &mut std::io::stdout(),
-    );
+    clap_complete::generate(options.shell, &mut crate::Cli::command(), "cairn", &mut std::io::stdout());
 }

@@ -33,12 +33,7 @@ pub(crate) struct StatsOptions {
 #[derive(Args)]
 struct ServerOptions {
     /// The cache server.
-    #[arg(
-        long,
-        default_value = "http://127.0.0.1:7077",
-        env = "CAIRN_CACHE",
-        value_name = "URL"
-    )]
+    #[arg(long, default_value = "http://127.0.0.1:7077", env = "CAIRN_CACHE", value_name = "URL")]
     cache: String,
     /// Print JSON.
     #[arg(long)]
@@ -104,14 +99,9 @@ pub(crate) fn explain(options: PromptOptions) -> Result<(), CliError> {
     block_on(async move {
         let client = options.server.client()?;
         client.open_space(&space).await.map_err(CliError::failed)?;
-        let explained = client
-            .explain(space.id(), &hashes)
-            .await
-            .map_err(CliError::failed)?;
+        let explained = client.explain(space.id(), &hashes).await.map_err(CliError::failed)?;
         let mut table = Table::new();
-        table
-            .load_preset(presets::NOTHING)
-            .set_header(["block", "hash", "state", "detail"]);
+        table.load_preset(presets::NOTHING).set_header(["block", "hash", "state", "detail"]);
         let mut rows = Vec::new();
         for (block, (hash, explanation)) in hashes.iter().zip(&explained).enumerate() {
             let (state, detail) = describe(explanation);
@@ -137,29 +127,14 @@ fn describe(explanation: &pb::BlockExplanation) -> (String, String) {
     match &explanation.state {
         Some(State::Resident(block)) => {
             let tier = Tier::try_from(block.tier()).map_or("unknown", Tier::name);
-            let reach = if block.reachable {
-                ""
-            } else {
-                ", unreachable: an ancestor is missing"
-            };
+            let reach = if block.reachable { "" } else { ", unreachable: an ancestor is missing" };
             let (leases, idle) = (block.leases, block.idle_ms);
-            (
-                format!("resident:{tier}"),
-                format!("{leases} leases, idle {idle} ms{reach}"),
-            )
+            (format!("resident:{tier}"), format!("{leases} leases, idle {idle} ms{reach}"))
         }
         Some(State::Absent(block)) => {
             let reason = MissReason::try_from(block.reason()).map_or("unknown", MissReason::name);
-            let by = if block.policy.is_empty() {
-                String::new()
-            } else {
-                format!(" by {}", block.policy)
-            };
-            let when = if block.ago_ms == 0 {
-                String::new()
-            } else {
-                format!("{} ms ago{by}", block.ago_ms)
-            };
+            let by = if block.policy.is_empty() { String::new() } else { format!(" by {}", block.policy) };
+            let when = if block.ago_ms == 0 { String::new() } else { format!("{} ms ago{by}", block.ago_ms) };
             (format!("absent:{reason}"), when)
         }
         None => ("unknown".into(), String::new()),
@@ -182,11 +157,7 @@ pub(crate) fn stats(options: StatsOptions) -> Result<(), CliError> {
 fn named_misses(stats: &pb::StatsResponse) -> Vec<(&'static str, u64)> {
     let name =
         |reason: &pb::ReasonCount| MissReason::try_from(reason.reason()).map_or("unknown", MissReason::name);
-    stats
-        .misses
-        .iter()
-        .map(|reason| (name(reason), reason.blocks))
-        .collect()
+    stats.misses.iter().map(|reason| (name(reason), reason.blocks)).collect()
 }
 
 pub(crate) fn stats_json(stats: &pb::StatsResponse) -> serde_json::Value {
@@ -196,10 +167,8 @@ pub(crate) fn stats_json(stats: &pb::StatsResponse) -> serde_json::Value {
             "resident_blocks": tier.resident_blocks, "hit_blocks": tier.hit_blocks,
             "evicted_blocks": tier.evicted_blocks})
     };
-    let misses: serde_json::Map<String, serde_json::Value> = named_misses(stats)
-        .into_iter()
-        .map(|(name, blocks)| (name.to_owned(), blocks.into()))
-        .collect();
+    let misses: serde_json::Map<String, serde_json::Value> =
+        named_misses(stats).into_iter().map(|(name, blocks)| (name.to_owned(), blocks.into())).collect();
     json!({"version": stats.version, "uptime_ms": stats.uptime_ms, "sessions": stats.sessions,
         "leases": stats.leases, "reservations": stats.reservations, "asked_blocks": stats.asked_blocks,
         "tiers": stats.tiers.iter().map(tier).collect::<Vec<_>>(), "missed_blocks": misses,
@@ -230,9 +199,7 @@ fn print_stats(stats: &pb::StatsResponse) {
     ]);
     for tier in &stats.tiers {
         table.add_row([
-            Tier::try_from(tier.tier())
-                .map_or("unknown", Tier::name)
-                .to_owned(),
+            Tier::try_from(tier.tier()).map_or("unknown", Tier::name).to_owned(),
             tier.policy.clone(),
             mib(tier.capacity_bytes),
             mib(tier.resident_bytes),

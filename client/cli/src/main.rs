@@ -69,11 +69,7 @@ fn main() -> ExitCode {
         Err(CliError::Interrupted) => ExitCode::from(130),
         Err(error) => {
             eprintln!("cairn: {error}");
-            ExitCode::from(if matches!(error, CliError::Usage(_)) {
-                USAGE_ERROR
-            } else {
-                1
-            })
+            ExitCode::from(if matches!(error, CliError::Usage(_)) { USAGE_ERROR } else { 1 })
         }
     }
 }

@@ -72,10 +72,7 @@ pub(crate) fn pull(options: &PullOptions, show_progress: bool) -> Result<PathBuf
         if found == SHA256 {
             return Ok(target);
         }
-        eprintln!(
-            "cairn: {} has other content than it should; fetching it again",
-            target.display()
-        );
+        eprintln!("cairn: {} has other content than it should; fetching it again", target.display());
     }
     std::fs::create_dir_all(&folder)
         .map_err(|error| CliError::Failed(format!("cannot make {}: {error}", folder.display())))?;
@@ -94,11 +91,7 @@ pub(crate) fn pull(options: &PullOptions, show_progress: bool) -> Result<PathBuf
 }
 
 fn default_cache() -> Result<PathBuf, CliError> {
-    let variable = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
     let base = base.ok_or_else(|| CliError::Usage("no home folder: name one with --model-cache".into()))?;
     Ok(base.join("cairn"))
@@ -123,11 +116,7 @@ fn download(options: &PullOptions, folder: &Path, show_progress: bool) -> Result
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|error| CliError::Failed(format!("cannot run {}: {error}", options.python)))?;
-    let bar = if show_progress {
-        ProgressBar::new(SIZE_BYTES)
-    } else {
-        ProgressBar::hidden()
-    };
+    let bar = if show_progress { ProgressBar::new(SIZE_BYTES) } else { ProgressBar::hidden() };
     let style = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
     bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message("fetching SmolLM2-135M");
@@ -147,14 +136,8 @@ fn download(options: &PullOptions, folder: &Path, show_progress: bool) -> Result
         // Only to say more about a failure that is certain already.
         let _ = std::io::Read::read_to_string(&mut stderr, &mut text);
     }
-    let last = text
-        .lines()
-        .rev()
-        .find(|line| !line.trim().is_empty())
-        .unwrap_or("no reason given");
-    Err(CliError::Failed(format!(
-        "the Python package {PACKAGE} cannot be fetched: {last}"
-    )))
+    let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+    Err(CliError::Failed(format!("the Python package {PACKAGE} cannot be fetched: {last}")))
 }
 
 fn folder_bytes(folder: &Path) -> u64 {
@@ -171,20 +154,12 @@ fn folder_bytes(folder: &Path) -> u64 {
 
 /// Runs a Python program; gives its first line of output.
 fn python(interpreter: &str, program: &str, arguments: &[&OsStr]) -> Result<String, CliError> {
-    let output = Command::new(interpreter)
-        .arg("-c")
-        .arg(program)
-        .args(arguments)
-        .output();
+    let output = Command::new(interpreter).arg("-c").arg(program).args(arguments).output();
     let output = output.map_err(|error| CliError::Failed(format!("cannot run {interpreter}: {error}")))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         let last = text.lines().last().unwrap_or("no reason given").to_owned();
         return Err(CliError::Failed(format!("{interpreter} failed: {last}")));
     }
-    Ok(String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .to_owned())
+    Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or_default().to_owned())
 }

@@ -52,10 +52,7 @@ pub(crate) fn run(options: ServeOptions) -> Result<(), CliError> {
     let config = options.config()?;
     block_on(async move {
         let mut server = Server::start(config).await.map_err(CliError::failed)?;
-        let addresses = [
-            ("address", server.address()),
-            ("http_address", server.http_address()),
-        ];
+        let addresses = [("address", server.address()), ("http_address", server.http_address())];
         supervision.announce(&addresses)?;
         tokio::select! {
             failed = server.failed() => return failed.map_err(CliError::failed),

@@ -21,14 +21,10 @@ impl Supervision {
         if !self.supervised {
             return Ok(());
         }
-        let fields = addresses
-            .iter()
-            .map(|(name, address)| ((*name).to_owned(), address.to_string().into()));
+        let fields = addresses.iter().map(|(name, address)| ((*name).to_owned(), address.to_string().into()));
         let line = serde_json::Value::Object(fields.collect());
         let mut out = std::io::stdout().lock();
-        writeln!(out, "{line}")
-            .and_then(|()| out.flush())
-            .map_err(CliError::failed)
+        writeln!(out, "{line}").and_then(|()| out.flush()).map_err(CliError::failed)
     }
 
     /// Completes when this process should end.

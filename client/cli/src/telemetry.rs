@@ -6,13 +6,7 @@ use tracing_subscriber::EnvFilter;
 #[derive(Args)]
 pub(crate) struct LogOptions {
     /// What to log: error, warn, info, debug or trace, or a filter such as cairn_server=debug.
-    #[arg(
-        long,
-        global = true,
-        default_value = "info",
-        env = "CAIRN_LOG",
-        value_name = "FILTER"
-    )]
+    #[arg(long, global = true, default_value = "info", env = "CAIRN_LOG", value_name = "FILTER")]
     log: String,
     /// How to log it.
     #[arg(long, global = true, default_value = "text", value_enum)]
@@ -30,20 +24,14 @@ enum LogFormat {
 /// Logs go to standard error; standard output is for results.
 pub(crate) fn start(options: &LogOptions) {
     let filter = EnvFilter::try_new(&options.log).unwrap_or_else(|error| {
-        eprintln!(
-            "cairn: --log {:?} is not a filter ({error}); logging info",
-            options.log
-        );
+        eprintln!("cairn: --log {:?} is not a filter ({error}); logging info", options.log);
         EnvFilter::new("info")
     });
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match options.log_format {
-        LogFormat::Text => builder
-            .with_target(false)
-            .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-            .init(),
+        LogFormat::Text => {
+            builder.with_target(false).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init()
+        }
         LogFormat::Json => builder.json().init(),
     }
 }

@@ -29,6 +29,9 @@ pub(crate) struct WorkerArguments {
     /// After this long without the prefill worker's answer a decode worker computes by itself.
     #[arg(long, default_value_t = 30_000)]
     prefill_timeout_ms: u64,
+    /// Fewer missing tokens than this a decode worker computes by itself anyway.
+    #[arg(long, default_value_t = 128)]
+    delegate_min_tokens: usize,
     /// Listen beyond loopback. There is no TLS and no authentication on this port.
     #[arg(long)]
     allow_insecure_network: bool,
@@ -106,6 +109,7 @@ impl ModelArguments {
             cache: None,
             prefill: None,
             prefill_timeout: Duration::ZERO,
+            delegate_min_tokens: 0,
             tenant: self.tenant.clone(),
             tenant_salt: [0; 32],
             engine: EngineOptions {
@@ -143,6 +147,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<(), CliError> {
         cache: arguments.cache,
         prefill: arguments.prefill,
         prefill_timeout: Duration::from_millis(arguments.prefill_timeout_ms),
+        delegate_min_tokens: arguments.delegate_min_tokens,
         ..arguments.model.options()
     };
     options.engine.local_reuse = !arguments.no_local_reuse;

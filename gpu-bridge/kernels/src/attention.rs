@@ -76,54 +76,25 @@ fn attention_on(
     queries: &[f32],
     out: &mut [f32],
 ) {
-    let PagedShape {
-        kv_heads,
-        head_dim,
-        block_tokens,
-        slots,
-        ..
-    } = *kv.shape;
+    let PagedShape { kv_heads, head_dim, block_tokens, slots, .. } = *kv.shape;
     let width = shape.heads * head_dim;
-    assert!(
-        head_dim.is_multiple_of(LANES) && block_tokens.is_multiple_of(LANES),
-        "multiples of 16 only"
-    );
-    assert!(
-        shape.heads.is_multiple_of(kv_heads),
-        "query heads must be a multiple of KV heads"
-    );
+    assert!(head_dim.is_multiple_of(LANES) && block_tokens.is_multiple_of(LANES), "multiples of 16 only");
+    assert!(shape.heads.is_multiple_of(kv_heads), "query heads must be a multiple of KV heads");
     assert_eq!(kv.pool.len(), kv.shape.pool_bytes(), "the pool has another size");
     assert!(kv.layer < kv.shape.layers, "no such layer");
-    assert!(
-        queries.len() == rows.len() * width && out.len() == queries.len(),
-        "whole rows"
-    );
+    assert!(queries.len() == rows.len() * width && out.len() == queries.len(), "whole rows");
     for row in rows {
         assert!(
             row.context > 0 && row.context <= row.slots.len() * block_tokens,
             "context outside its blocks"
         );
-        assert!(
-            row.slots.iter().all(|slot| (slot.0 as usize) < slots),
-            "slot outside the pool"
-        );
+        assert!(row.slots.iter().all(|slot| (slot.0 as usize) < slots), "slot outside the pool");
     }
     let groups = row_groups(rows);
     let out = Output(out.as_mut_ptr());
     let job = |task: usize| {
         let (first, last) = groups[task / kv_heads];
-        Job {
-            isa,
-            shape,
-            kv,
-            rows,
-            queries,
-            out,
-            first,
-            last,
-            kv_head: task % kv_heads,
-        }
-        .run();
+        Job { isa, shape, kv, rows, queries, out, first, last, kv_head: task % kv_heads }.run();
     };
     let macs: usize = rows.iter().map(|row| 2 * row.context * width).sum();
     if macs < PARALLEL_MACS || rayon::current_num_threads() == 1 {
@@ -229,11 +200,7 @@ unsafe fn run_bf16<L: Lanes>(job: &Job<'_>) {
 #[inline(always)]
 unsafe fn run<L: Lanes, T>(job: &Job<'_>, load: impl Fn(*const T) -> L + Copy) {
     let queries = job.query_heads();
-    let longest = job.rows[job.first..job.last]
-        .iter()
-        .map(|row| row.context)
-        .max()
-        .unwrap_or(0);
+    let longest = job.rows[job.first..job.last].iter().map(|row| row.context).max().unwrap_or(0);
     let stride = longest.next_multiple_of(LANES);
     let mut scores = vec![0f32; stride * queries.len()];
     let planes = Planes::<T>::new(job);
@@ -242,10 +209,7 @@ unsafe fn run<L: Lanes, T>(job: &Job<'_>, load: impl Fn(*const T) -> L + Copy) {
         let mut q = 0;
         while q < queries.len() {
             let count = (queries.len() - q).min(SCORE_ROWS);
-            let (part, out) = (
-                &queries[q..q + count],
-                &mut scores[q * stride..(q + count) * stride],
-            );
+            let (part, out) = (&queries[q..q + count], &mut scores[q * stride..(q + count) * stride]);
             match count {
                 1 => score::<L, T, 1>(job, &planes, part, out, stride, load),
                 2 => score::<L, T, 2>(job, &planes, part, out, stride, load),
@@ -257,10 +221,7 @@ unsafe fn run<L: Lanes, T>(job: &Job<'_>, load: impl Fn(*const T) -> L + Copy) {
             q += count;
         }
         for (query, scores) in queries.iter().zip(scores.chunks_exact_mut(stride)) {
-            softmax::<L>(
-                &mut scores[..query.context.next_multiple_of(LANES)],
-                query.context,
-            );
+            softmax::<L>(&mut scores[..query.context.next_multiple_of(LANES)], query.context);
         }
         weigh_all::<L, T>(job, &planes, &queries, &scores, stride, load);
     }
@@ -286,10 +247,7 @@ impl<T> Planes<T> {
             pool: job.kv.pool.as_ptr().cast(),
             block_tokens: shape.block_tokens,
             head_dim: shape.head_dim,
-            keys: slots
-                .iter()
-                .map(|slot| shape.keys_at(job.kv.layer, slot.0 as usize) + head)
-                .collect(),
+            keys: slots.iter().map(|slot| shape.keys_at(job.kv.layer, slot.0 as usize) + head).collect(),
             to_values: shape.plane(),
         }
     }
@@ -333,23 +291,9 @@ unsafe fn score_each<L: Lanes, T, const R: usize>(
     let whole = queries.len() / R * R;
     // SAFETY: passed on.
     unsafe {
-        score::<L, T, R>(
-            job,
-            planes,
-            &queries[..whole],
-            &mut scores[..whole * stride],
-            stride,
-            load,
-        );
+        score::<L, T, R>(job, planes, &queries[..whole], &mut scores[..whole * stride], stride, load);
         for i in whole..queries.len() {
-            score::<L, T, 1>(
-                job,
-                planes,
-                &queries[i..=i],
-                &mut scores[i * stride..][..stride],
-                stride,
-                load,
-            );
+            score::<L, T, 1>(job, planes, &queries[i..=i], &mut scores[i * stride..][..stride], stride, load);
         }
     }
 }
@@ -449,11 +393,7 @@ unsafe fn weigh_all<L: Lanes, T>(
         let vectors = ((planes.head_dim - element) / LANES).min(VALUE_VECTORS);
         let mut q = 0;
         while q < queries.len() {
-            let count = if queries.len() - q >= VALUE_ROWS {
-                VALUE_ROWS
-            } else {
-                1
-            };
+            let count = if queries.len() - q >= VALUE_ROWS { VALUE_ROWS } else { 1 };
             let (part, w) = (&queries[q..q + count], &weights[q * stride..]);
             // SAFETY: passed on; `element + vectors × 16` is inside the head.
             unsafe {
@@ -544,14 +484,7 @@ mod tests {
     fn case(kv_type: KvType, kv_heads: usize, head_dim: usize, tokens: usize, seed: u32) -> Case {
         let (block_tokens, layers) = (16, 2);
         let blocks = tokens.div_ceil(block_tokens);
-        let shape = PagedShape {
-            layers,
-            kv_heads,
-            head_dim,
-            block_tokens,
-            slots: blocks + 3,
-            kv_type,
-        };
+        let shape = PagedShape { layers, kv_heads, head_dim, block_tokens, slots: blocks + 3, kv_type };
         let mut storage = vec![u64::MAX; shape.pool_bytes().div_ceil(8)];
         let slots: Vec<Slot> = (0..blocks as u32).rev().map(|slot| Slot(slot + 2)).collect();
         let next = |i: usize, salt: u32| {
@@ -560,23 +493,13 @@ mod tests {
             bf16::from_f32(4.0 * value - 2.0).to_f32()
         };
         let width = kv_heads * head_dim;
-        let keys: Vec<f32> = (0..tokens * width)
-            .map(|i| f16::from_f32(next(i, 1)).to_f32())
-            .collect();
-        let values: Vec<f32> = (0..tokens * width)
-            .map(|i| f16::from_f32(next(i, 2)).to_f32())
-            .collect();
+        let keys: Vec<f32> = (0..tokens * width).map(|i| f16::from_f32(next(i, 1)).to_f32()).collect();
+        let values: Vec<f32> = (0..tokens * width).map(|i| f16::from_f32(next(i, 2)).to_f32()).collect();
         let places: Vec<(Slot, usize)> = (0..tokens).map(|t| (slots[t / 16], t % 16)).collect();
         let pool = &mut bytemuck::cast_slice_mut(&mut storage)[..shape.pool_bytes()];
         write_rows(&shape, pool, 1, &places, &keys, &values);
         let rows = |all: &[f32]| all.chunks_exact(width).map(<[f32]>::to_vec).collect();
-        Case {
-            keys: rows(&keys),
-            values: rows(&values),
-            shape,
-            storage,
-            slots,
-        }
+        Case { keys: rows(&keys), values: rows(&values), shape, storage, slots }
     }
 
     proptest! {

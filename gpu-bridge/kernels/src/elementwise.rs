@@ -10,10 +10,7 @@ use crate::lanes::{Isa, LANES, Lanes, dispatch, exp, sum_lanes};
 /// When `x` and `out` are not whole rows of equal number.
 pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     let width = weight.len();
-    assert!(
-        width > 0 && x.len() == out.len() && x.len().is_multiple_of(width),
-        "x must be whole rows"
-    );
+    assert!(width > 0 && x.len() == out.len() && x.len().is_multiple_of(width), "x must be whole rows");
     for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
         let mut sum = 0f32;
         let (from, count) = (x.as_ptr(), x.len());

@@ -158,11 +158,7 @@ impl Lanes for Plain {
     #[inline(always)]
     unsafe fn max(self, other: Self) -> Self {
         // The x86 rule: the second operand when either is NaN or both are zero.
-        lanewise!(|i| if self.0[i] > other.0[i] {
-            self.0[i]
-        } else {
-            other.0[i]
-        })
+        lanewise!(|i| if self.0[i] > other.0[i] { self.0[i] } else { other.0[i] })
     }
     #[inline(always)]
     unsafe fn exp2_whole(self) -> Self {
@@ -247,11 +243,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn round(self) -> Self {
             // SAFETY: see above.
-            unsafe {
-                Self(_mm512_roundscale_ps::<
-                    { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
-                >(self.0))
-            }
+            unsafe { Self(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)) }
         }
     }
 
@@ -304,10 +296,7 @@ mod x86 {
             // SAFETY: see above.
             unsafe {
                 let upper = from.add(8);
-                Self(
-                    widen_bf16(_mm_loadu_si128(from.cast())),
-                    widen_bf16(_mm_loadu_si128(upper.cast())),
-                )
+                Self(widen_bf16(_mm_loadu_si128(from.cast())), widen_bf16(_mm_loadu_si128(upper.cast())))
             }
         }
         #[inline(always)]

@@ -44,35 +44,21 @@ impl PackedMatrix {
     /// # Panics
     /// When `weights` is not a whole number of rows.
     pub fn pack(weights: &[f32], inputs: usize, format: WeightType) -> Self {
-        assert!(
-            inputs > 0 && weights.len().is_multiple_of(inputs),
-            "weights must be whole rows"
-        );
+        assert!(inputs > 0 && weights.len().is_multiple_of(inputs), "weights must be whole rows");
         let outputs = weights.len() / inputs;
         let padded = outputs.next_multiple_of(PANEL) * inputs;
         let at = |i: usize| {
             let (panel, rest) = (i / (PANEL * inputs), i % (PANEL * inputs));
             let (column, row) = (rest / PANEL, panel * PANEL + rest % PANEL);
-            if row < outputs {
-                weights[row * inputs + column]
-            } else {
-                0.0
-            }
+            if row < outputs { weights[row * inputs + column] } else { 0.0 }
         };
         let panels = match format {
             WeightType::F32 => Panels::F32((0..padded).into_par_iter().map(at).collect()),
-            WeightType::Bf16 => Panels::Bf16(
-                (0..padded)
-                    .into_par_iter()
-                    .map(|i| bf16::from_f32(at(i)))
-                    .collect(),
-            ),
+            WeightType::Bf16 => {
+                Panels::Bf16((0..padded).into_par_iter().map(|i| bf16::from_f32(at(i))).collect())
+            }
         };
-        Self {
-            outputs,
-            inputs,
-            panels,
-        }
+        Self { outputs, inputs, panels }
     }
 
     /// Rows of the matrix: elements of a result row.
@@ -135,10 +121,7 @@ fn matmul_on(isa: Isa, x: &[f32], weights: &PackedMatrix, y: &mut [f32]) {
     } else {
         // A few tasks for each thread: enough to even out, few enough not to pay for the handing out.
         let grain = (blocks * panels / (4 * rayon::current_num_threads())).max(1);
-        (0..blocks * panels)
-            .into_par_iter()
-            .with_min_len(grain)
-            .for_each(|task| job(task).run());
+        (0..blocks * panels).into_par_iter().with_min_len(grain).for_each(|task| job(task).run());
     }
 }
 

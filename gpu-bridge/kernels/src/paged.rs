@@ -109,11 +109,7 @@ pub fn gather_block(shape: &PagedShape, pool: &[u8], slot: usize, canonical: &mu
 }
 
 fn check(shape: &PagedShape, canonical: usize, pool: usize, slot: usize) {
-    assert_eq!(
-        canonical,
-        shape.block_bytes(),
-        "a canonical block has another size"
-    );
+    assert_eq!(canonical, shape.block_bytes(), "a canonical block has another size");
     assert_eq!(pool, shape.pool_bytes(), "the pool has another size");
     assert!(slot < shape.slots, "slot {slot} of {}", shape.slots);
 }
@@ -150,10 +146,7 @@ fn gather<T: bytemuck::Pod>(shape: &PagedShape, pool: &[T], slot: usize, canonic
         let start = shape.keys_at(layer, slot) + if values { shape.plane() } else { 0 };
         let source = &pool[start..][..shape.plane()];
         for (token, bytes) in plane.chunks_exact_mut(row * size_of::<T>()).enumerate() {
-            for (head, bytes) in bytes
-                .chunks_exact_mut(shape.head_dim * size_of::<T>())
-                .enumerate()
-            {
+            for (head, bytes) in bytes.chunks_exact_mut(shape.head_dim * size_of::<T>()).enumerate() {
                 if values {
                     let at = shape.value_in_plane(token, head, 0);
                     bytes.copy_from_slice(bytemuck::cast_slice(&source[at..][..shape.head_dim]));
@@ -188,29 +181,13 @@ pub fn write_rows(
     );
     for (r, (slot, token)) in places.iter().enumerate() {
         let (keys, values) = (&keys[r * row..][..row], &values[r * row..][..row]);
-        let at = Place {
-            layer,
-            slot: slot.0 as usize,
-            token: *token,
-        };
+        let at = Place { layer, slot: slot.0 as usize, token: *token };
         match shape.kv_type {
             KvType::F32 => write_row(shape, bytemuck::cast_slice_mut(pool), &at, keys, values, |x| x),
-            KvType::F16 => write_row(
-                shape,
-                bytemuck::cast_slice_mut(pool),
-                &at,
-                keys,
-                values,
-                f16::from_f32,
-            ),
-            KvType::Bf16 => write_row(
-                shape,
-                bytemuck::cast_slice_mut(pool),
-                &at,
-                keys,
-                values,
-                bf16::from_f32,
-            ),
+            KvType::F16 => write_row(shape, bytemuck::cast_slice_mut(pool), &at, keys, values, f16::from_f32),
+            KvType::Bf16 => {
+                write_row(shape, bytemuck::cast_slice_mut(pool), &at, keys, values, bf16::from_f32)
+            }
         }
     }
 }

@@ -55,32 +55,17 @@ impl Model {
         let hidden = config.hidden;
         let places: Vec<(Slot, usize)> = rows
             .iter()
-            .map(|row| {
-                (
-                    row.slots[row.position / shape.block_tokens],
-                    row.position % shape.block_tokens,
-                )
-            })
+            .map(|row| (row.slots[row.position / shape.block_tokens], row.position % shape.block_tokens))
             .collect();
         scratch.resize(self, rows.len());
         for (row, out) in rows.iter().zip(scratch.hidden.chunks_exact_mut(hidden)) {
             self.weights.embedding.row(row.token as usize, out);
         }
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            norm_rows(
-                &scratch.hidden,
-                &layer.input_norm,
-                config.rms_epsilon,
-                &mut scratch.normed,
-            );
+            norm_rows(&scratch.hidden, &layer.input_norm, config.rms_epsilon, &mut scratch.normed);
             self.attend(shape, pool, (index, layer), rows, &places, scratch);
             add(&mut scratch.hidden, &scratch.delta);
-            norm_rows(
-                &scratch.hidden,
-                &layer.post_norm,
-                config.rms_epsilon,
-                &mut scratch.normed,
-            );
+            norm_rows(&scratch.hidden, &layer.post_norm, config.rms_epsilon, &mut scratch.normed);
             matmul(&scratch.normed, &layer.gate_up, &mut scratch.gate_up);
             gate_rows(&scratch.gate_up, config.intermediate, &mut scratch.gated);
             matmul(&scratch.gated, &layer.down, &mut scratch.delta);
@@ -103,23 +88,11 @@ impl Model {
         self.split_and_rotate(layer, rows, scratch);
         write_rows(shape, pool, index, places, &scratch.keys, &scratch.values);
         let scale = 1.0 / (config.head_dim as f32).sqrt();
-        let heads = AttentionShape {
-            heads: config.heads,
-            scale,
-        };
+        let heads = AttentionShape { heads: config.heads, scale };
         let query = |row: &Row<'_>| -> usize { row.position + 1 };
-        let queries: Vec<QueryRow<'_>> = rows
-            .iter()
-            .map(|row| QueryRow {
-                slots: row.slots,
-                context: query(row),
-            })
-            .collect();
-        let kv = KvView {
-            shape,
-            pool,
-            layer: index,
-        };
+        let queries: Vec<QueryRow<'_>> =
+            rows.iter().map(|row| QueryRow { slots: row.slots, context: query(row) }).collect();
+        let kv = KvView { shape, pool, layer: index };
         paged_attention(heads, kv, &queries, &scratch.queries, &mut scratch.attended);
         matmul(&scratch.attended, &layer.attention_output, &mut scratch.delta);
     }
@@ -128,50 +101,32 @@ impl Model {
     fn split_and_rotate(&self, layer: &LayerWeights, rows: &[Row<'_>], scratch: &mut Scratch) {
         let config = &self.config;
         let (q, k) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-        let Scratch {
-            qkv,
-            queries,
-            keys,
-            values,
-            ..
-        } = scratch;
-        let inputs = qkv
-            .par_chunks_exact_mut(q + 2 * k)
-            .with_min_len(ROWS_PER_TASK)
-            .zip(rows);
+        let Scratch { qkv, queries, keys, values, .. } = scratch;
+        let inputs = qkv.par_chunks_exact_mut(q + 2 * k).with_min_len(ROWS_PER_TASK).zip(rows);
         let outputs = queries.par_chunks_exact_mut(q).zip(keys.par_chunks_exact_mut(k));
         let outputs = outputs.zip(values.par_chunks_exact_mut(k));
-        inputs
-            .zip(outputs)
-            .for_each(|((input, row), ((queries, keys), values))| {
-                if let Some(bias) = &layer.qkv_bias {
-                    add(input, bias);
-                }
-                queries.copy_from_slice(&input[..q]);
-                keys.copy_from_slice(&input[q..q + k]);
-                values.copy_from_slice(&input[q + k..]);
-                if let Some((query_norm, key_norm)) = &layer.qk_norm {
-                    rms_norm(&input[..q], query_norm, config.rms_epsilon, queries);
-                    rms_norm(&input[q..q + k], key_norm, config.rms_epsilon, keys);
-                }
-                apply_rope(&self.rope, row.position, queries);
-                apply_rope(&self.rope, row.position, keys);
-            });
+        inputs.zip(outputs).for_each(|((input, row), ((queries, keys), values))| {
+            if let Some(bias) = &layer.qkv_bias {
+                add(input, bias);
+            }
+            queries.copy_from_slice(&input[..q]);
+            keys.copy_from_slice(&input[q..q + k]);
+            values.copy_from_slice(&input[q + k..]);
+            if let Some((query_norm, key_norm)) = &layer.qk_norm {
+                rms_norm(&input[..q], query_norm, config.rms_epsilon, queries);
+                rms_norm(&input[q..q + k], key_norm, config.rms_epsilon, keys);
+            }
+            apply_rope(&self.rope, row.position, queries);
+            apply_rope(&self.rope, row.position, keys);
+        });
     }
 
     fn logits(&self, hidden: &[f32], logits_for: &[usize]) -> Vec<f32> {
         let (width, output): (usize, &PackedMatrix) = (self.config.hidden, self.weights.output());
-        let chosen: Vec<f32> = logits_for
-            .iter()
-            .flat_map(|row| hidden[row * width..][..width].iter().copied())
-            .collect();
+        let chosen: Vec<f32> =
+            logits_for.iter().flat_map(|row| hidden[row * width..][..width].iter().copied()).collect();
         let mut normed = vec![0.0; chosen.len()];
-        norm_rows(
-            &chosen,
-            &self.weights.final_norm,
-            self.config.rms_epsilon,
-            &mut normed,
-        );
+        norm_rows(&chosen, &self.weights.final_norm, self.config.rms_epsilon, &mut normed);
         let mut logits = vec![0.0; logits_for.len() * output.outputs()];
         matmul(&normed, output, &mut logits);
         logits
@@ -205,9 +160,7 @@ fn norm_rows(x: &[f32], weight: &[f32], epsilon: f32, out: &mut [f32]) {
     if x.len() <= part {
         return rms_norm(x, weight, epsilon, out);
     }
-    x.par_chunks(part)
-        .zip(out.par_chunks_mut(part))
-        .for_each(|(x, out)| rms_norm(x, weight, epsilon, out));
+    x.par_chunks(part).zip(out.par_chunks_mut(part)).for_each(|(x, out)| rms_norm(x, weight, epsilon, out));
 }
 
 fn gate_rows(gate_up: &[f32], width: usize, out: &mut [f32]) {

@@ -26,5 +26,5 @@ pub use model::{
 };
 pub use peer::PrefillPeer;
 pub use sampling::{Sampler, Sampling};
-pub use share::Share;
+pub use share::{Delegate, Share};
 pub use worker::{Role, Worker, WorkerError, WorkerOptions, key_space};

@@ -40,18 +40,13 @@ impl PrefillPeer {
 
     /// Says whether the peer did it.
     pub(crate) async fn prefill(&self, space: &KeySpace, tokens: &[u32]) -> bool {
-        let request = pb::PrefillRequest {
-            space_id: space.id().0.to_vec().into(),
-            token_ids: tokens.to_vec(),
-        };
+        let request =
+            pb::PrefillRequest { space_id: space.id().0.to_vec().into(), token_ids: tokens.to_vec() };
         let mut grpc = self.grpc.clone();
         match tokio::time::timeout(self.timeout, grpc.prefill(request)).await {
             Ok(Ok(_)) => true,
             Ok(Err(status)) => {
-                tracing::info!(
-                    error = status.message(),
-                    "the prefill worker did not help; computing here"
-                );
+                tracing::info!(error = status.message(), "the prefill worker did not help; computing here");
                 false
             }
             Err(_) => {
@@ -83,11 +78,7 @@ impl pb::prefill_server::Prefill for PrefillService {
         let work = Request {
             tokens: request.token_ids,
             work: Work::Prefill,
-            sampling: Sampling {
-                temperature: 0.0,
-                top_p: 1.0,
-                seed: 0,
-            },
+            sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
             use_cache: true,
         };
         let started = std::time::Instant::now();

@@ -22,10 +22,7 @@ pub struct Sampler {
 impl Sampler {
     /// Starts from the seed.
     pub fn new(sampling: Sampling) -> Self {
-        Self {
-            sampling,
-            rng: StdRng::seed_from_u64(sampling.seed),
-        }
+        Self { sampling, rng: StdRng::seed_from_u64(sampling.seed) }
     }
 
     /// Chooses a token. Ties go to the lower id.
@@ -35,11 +32,8 @@ impl Sampler {
         }
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |logit: &f32| f64::from((logit - max) / self.sampling.temperature).exp();
-        let mut candidates: Vec<(u32, f64)> = logits
-            .iter()
-            .enumerate()
-            .map(|(id, logit)| (id as u32, weight(logit)))
-            .collect();
+        let mut candidates: Vec<(u32, f64)> =
+            logits.iter().enumerate().map(|(id, logit)| (id as u32, weight(logit))).collect();
         candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
         let mut kept = 0.0;
@@ -80,13 +74,7 @@ mod tests {
     #[test]
     fn greedy_is_greedy_and_seeds_repeat() {
         let logits = [0.0, 2.0, 1.0, 2.0];
-        let sampling = |temperature, top_p, seed| {
-            Sampler::new(Sampling {
-                temperature,
-                top_p,
-                seed,
-            })
-        };
+        let sampling = |temperature, top_p, seed| Sampler::new(Sampling { temperature, top_p, seed });
         assert_eq!(sampling(0.0, 1.0, 1).choose(&logits), 1);
         let draw = |seed| -> Vec<u32> {
             let mut sampler = sampling(1.0, 1.0, seed);
@@ -96,9 +84,6 @@ mod tests {
         assert_ne!(draw(5), draw(6));
         assert!(draw(5).contains(&0) && draw(5).contains(&2));
         let mut narrow = sampling(1.0, 0.6, 3);
-        assert!(
-            (0..50).all(|_| [1, 3].contains(&narrow.choose(&logits))),
-            "the nucleus holds the two best"
-        );
+        assert!((0..50).all(|_| [1, 3].contains(&narrow.choose(&logits))), "the nucleus holds the two best");
     }
 }

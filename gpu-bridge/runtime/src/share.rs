@@ -22,9 +22,18 @@ const FETCH_BLOCKS: usize = 512;
 pub struct Share {
     client: CacheClient,
     space: KeySpace,
-    peer: Option<PrefillPeer>,
+    delegate: Option<Delegate>,
     publishes: mpsc::Sender<PublishBatch>,
     runtime: Handle,
+}
+
+/// When and whom a decode worker asks to prefill.
+#[derive(Clone)]
+pub struct Delegate {
+    /// Whom.
+    pub peer: PrefillPeer,
+    /// Fewer missing tokens than this are computed here: the round trip would cost more.
+    pub min_tokens: usize,
 }
 
 pub(crate) struct LoadJob {
@@ -61,17 +70,11 @@ pub(crate) struct PublishBatch {
 
 impl Share {
     /// Starts the publisher on the current tokio runtime.
-    pub fn new(client: CacheClient, space: KeySpace, peer: Option<PrefillPeer>) -> Self {
+    pub fn new(client: CacheClient, space: KeySpace, delegate: Option<Delegate>) -> Self {
         let (publishes, batches) = mpsc::channel(PUBLISH_QUEUE);
         let runtime = Handle::current();
         runtime.spawn(publish_all(client.clone(), space.clone(), batches));
-        Self {
-            client,
-            space,
-            peer,
-            publishes,
-            runtime,
-        }
+        Self { client, space, delegate, publishes, runtime }
     }
 
     /// The key space of this worker's blocks.
@@ -97,11 +100,14 @@ impl Share {
         let started = Instant::now();
         let mut lookup = self.client.lookup(&self.space, &job.hashes).await;
         let mut delegated = false;
-        if lookup.resident().max(job.first) < job.hashes.len()
-            && job.may_delegate
-            && let Some(peer) = &self.peer
+        let missing = job.hashes.len() - lookup.resident().max(job.first);
+        let missing_tokens = missing * self.space.layout().block_tokens();
+        if job.may_delegate
+            && let Some(delegate) = &self.delegate
+            && missing > 0
+            && missing_tokens >= delegate.min_tokens
         {
-            delegated = peer.prefill(&self.space, &job.tokens).await;
+            delegated = delegate.peer.prefill(&self.space, &job.tokens).await;
             if delegated {
                 lookup = self.client.lookup(&self.space, &job.hashes).await;
             }

@@ -4,7 +4,7 @@ use crate::engine::{Engine, EngineError, EngineOptions};
 use crate::http::{self, Service};
 use crate::model::{Model, ModelError, ModelPath};
 use crate::peer::{PrefillPeer, PrefillService};
-use crate::share::Share;
+use crate::share::{Delegate, Share};
 use cairn_client::{CacheClient, ClientError, ClientOptions};
 use cairn_gpu::KvType;
 use cairn_kernels::WeightType;
@@ -50,6 +50,8 @@ pub struct WorkerOptions {
     pub prefill: Option<String>,
     /// After this long without its answer the decode worker computes by itself.
     pub prefill_timeout: Duration,
+    /// Fewer missing tokens than this a decode worker computes by itself anyway.
+    pub delegate_min_tokens: usize,
     /// Tenant of its blocks.
     pub tenant: String,
     /// Secret of the tenant; zeros when there is none.
@@ -103,20 +105,13 @@ impl Worker {
     /// worker computes everything until it can.
     pub async fn start(options: WorkerOptions) -> Result<Self, WorkerError> {
         if options.role == Role::Decode && options.prefill.is_none() {
-            return Err(WorkerError::Options(
-                "a decode worker needs --prefill http://host:port".into(),
-            ));
+            return Err(WorkerError::Options("a decode worker needs --prefill http://host:port".into()));
         }
         if options.role == Role::Prefill && options.cache.is_none() {
-            return Err(WorkerError::Options(
-                "a prefill worker needs --cache http://host:port".into(),
-            ));
+            return Err(WorkerError::Options("a prefill worker needs --cache http://host:port".into()));
         }
         let listener = TcpListener::bind(options.listen).await;
-        let listener = listener.map_err(|source| WorkerError::Listen {
-            address: options.listen,
-            source,
-        })?;
+        let listener = listener.map_err(|source| WorkerError::Listen { address: options.listen, source })?;
         let address = listener.local_addr().unwrap_or(options.listen);
         let (path, weight_type) = (options.model.clone(), options.weight_type);
         let model = tokio::task::spawn_blocking(move || Model::load(&path, weight_type)).await;
@@ -125,21 +120,12 @@ impl Worker {
         let share = share(&options, &space).await?;
         let engine = Engine::start(model.clone(), options.engine.clone(), share)?;
         let stop = CancellationToken::new();
-        let name = options
-            .model_name
-            .clone()
-            .unwrap_or_else(|| model.config.name.clone());
+        let name = options.model_name.clone().unwrap_or_else(|| model.config.name.clone());
         let router = routes(engine, &options, &space, name);
         let serving = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
         let serving = tokio::spawn(async move { serving.await });
         tracing::info!(%address, role = ?options.role, model = model.config.name, "serving");
-        Ok(Self {
-            address,
-            model,
-            space,
-            stop,
-            serving,
-        })
+        Ok(Self { address, model, space, stop, serving })
     }
 
     /// Where it listens.
@@ -160,10 +146,7 @@ impl Worker {
     /// Stops accepting, lets answers in progress finish for a while, and ends.
     pub async fn shutdown(mut self) {
         self.stop.cancel();
-        if tokio::time::timeout(SHUTDOWN_GRACE, &mut self.serving)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(SHUTDOWN_GRACE, &mut self.serving).await.is_err() {
             tracing::warn!("answers in progress were cut off");
             self.serving.abort();
         }
@@ -171,25 +154,14 @@ impl Worker {
 }
 
 fn routes(engine: Engine, options: &WorkerOptions, space: &KeySpace, model_name: String) -> axum::Router {
-    let service = Arc::new(Service {
-        engine: engine.clone(),
-        model_name,
-        started: http::unix_seconds(),
-    });
+    let service = Arc::new(Service { engine: engine.clone(), model_name, started: http::unix_seconds() });
     let router = http::router(service);
     if options.cache.is_none() {
         return router;
     }
-    let prefill = pb::prefill_server::PrefillServer::new(PrefillService {
-        engine,
-        space: space.id(),
-    })
-    .max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
-    router.merge(
-        tonic::service::Routes::new(prefill)
-            .into_axum_router()
-            .reset_fallback(),
-    )
+    let prefill = pb::prefill_server::PrefillServer::new(PrefillService { engine, space: space.id() })
+        .max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
+    router.merge(tonic::service::Routes::new(prefill).into_axum_router().reset_fallback())
 }
 
 async fn share(options: &WorkerOptions, space: &KeySpace) -> Result<Option<Share>, WorkerError> {
@@ -205,13 +177,14 @@ async fn share(options: &WorkerOptions, space: &KeySpace) -> Result<Option<Share
         Err(error) => tracing::warn!(%error, "starting without the cache; it is used once it can be reached"),
         Ok(()) => {}
     }
-    let peer = match &options.prefill {
+    let delegate = match &options.prefill {
         None => None,
         Some(endpoint) => {
-            Some(PrefillPeer::new(endpoint, options.prefill_timeout).map_err(WorkerError::Options)?)
+            let peer = PrefillPeer::new(endpoint, options.prefill_timeout).map_err(WorkerError::Options)?;
+            Some(Delegate { peer, min_tokens: options.delegate_min_tokens })
         }
     };
-    Ok(Some(Share::new(client, space.clone(), peer)))
+    Ok(Some(Share::new(client, space.clone(), delegate)))
 }
 
 /// The key space of a worker's blocks.

@@ -19,13 +19,7 @@ impl Nodes {
     fn slot(&mut self, id: u32) -> &mut Node {
         let needed = id as usize + 1;
         if self.0.len() < needed {
-            self.0.resize(
-                needed,
-                Node {
-                    older: NONE,
-                    newer: NONE,
-                },
-            );
+            self.0.resize(needed, Node { older: NONE, newer: NONE });
         }
         &mut self.0[id as usize]
     }
@@ -40,11 +34,7 @@ pub struct List {
 
 impl Default for List {
     fn default() -> Self {
-        Self {
-            oldest: NONE,
-            newest: NONE,
-            len: 0,
-        }
+        Self { oldest: NONE, newest: NONE, len: 0 }
     }
 }
 
@@ -61,10 +51,7 @@ impl List {
 
     /// Adds a block that is in no list.
     pub fn push_newest(&mut self, nodes: &mut Nodes, id: EntryId) {
-        *nodes.slot(id.0) = Node {
-            older: self.newest,
-            newer: NONE,
-        };
+        *nodes.slot(id.0) = Node { older: self.newest, newer: NONE };
         match self.newest {
             NONE => self.oldest = id.0,
             newest => nodes.0[newest as usize].newer = id.0,

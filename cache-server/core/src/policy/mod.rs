@@ -46,13 +46,10 @@ impl std::str::FromStr for PolicyKind {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.name() == name)
-            .ok_or_else(|| {
-                let known: Vec<_> = Self::ALL.iter().map(|kind| kind.name()).collect();
-                format!("unknown policy {name:?}; known: {}", known.join(", "))
-            })
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+            let known: Vec<_> = Self::ALL.iter().map(|kind| kind.name()).collect();
+            format!("unknown policy {name:?}; known: {}", known.join(", "))
+        })
     }
 }
 

@@ -63,9 +63,7 @@ pub(crate) fn run(options: DemoOptions) -> Result<(), CliError> {
     if report.identical() {
         return Ok(());
     }
-    Err(CliError::Failed(
-        "answers differ: this is a defect in Cairn, please report it".into(),
-    ))
+    Err(CliError::Failed("answers differ: this is a defect in Cairn, please report it".into()))
 }
 
 fn choose_model(options: &DemoOptions) -> Result<String, CliError> {
@@ -82,107 +80,105 @@ fn choose_model(options: &DemoOptions) -> Result<String, CliError> {
     }
 }
 
-async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliError> {
-    let spinner = spinner(options.json);
-    let say = |text: String| match options.json {
-        true => {}
-        false => spinner.suspend(|| println!("{text}")),
-    };
-    spinner.set_message("starting a cache server");
-    let capacity = options.capacity_mib.to_string();
-    let loopback = "127.0.0.1:0";
-    let server = Process::start(
-        "cache server",
-        &[
-            "serve",
+/// The processes of the demo, in the order in which they end.
+struct Fleet {
+    decode: Process,
+    prefill: Process,
+    server: Process,
+}
+
+impl Fleet {
+    async fn start(options: &DemoOptions, model: &str, progress: &Progress) -> Result<Self, CliError> {
+        let loopback = "127.0.0.1:0";
+        let capacity = options.capacity_mib.to_string();
+        progress.doing("starting a cache server");
+        let serve = ["serve", "--listen", loopback, "--http-listen", loopback, "--capacity-mib", &capacity];
+        let server = Process::start("cache server", &serve).await?;
+        progress.say(&server);
+        progress.doing("loading the model into a prefill worker and a decode worker");
+        let cache = server.url();
+        let worker = [
+            "worker",
             "--listen",
             loopback,
-            "--http-listen",
-            loopback,
-            "--capacity-mib",
-            &capacity,
-        ],
-    )
-    .await?;
-    say(format!(
-        "cache server    {}  (process {})",
-        server.url(),
-        server.id()
-    ));
-    let cache = server.url();
-    spinner.set_message("loading the model into a prefill worker and a decode worker");
-    let worker = [
-        "worker",
-        "--listen",
-        loopback,
-        "--model",
-        model,
-        "--cache",
-        &cache,
-        "--pool-tokens",
-        POOL_TOKENS,
-    ];
-    let prefill = Process::start("prefill worker", &[&worker[..], &["--role", "prefill"]].concat()).await?;
-    say(format!(
-        "prefill worker  {}  (process {})",
-        prefill.url(),
-        prefill.id()
-    ));
-    let peer = prefill.url();
-    let only_decode = ["--role", "decode", "--prefill", &peer, "--no-local-reuse"];
-    let decode = Process::start("decode worker", &[&worker[..], &only_decode].concat()).await?;
-    say(format!(
-        "decode worker   {}  (process {})",
-        decode.url(),
-        decode.id()
-    ));
+            "--model",
+            model,
+            "--cache",
+            &cache,
+            "--pool-tokens",
+            POOL_TOKENS,
+        ];
+        let prefill =
+            Process::start("prefill worker", &[&worker[..], &["--role", "prefill"]].concat()).await?;
+        progress.say(&prefill);
+        let peer = prefill.url();
+        let decode = ["--role", "decode", "--prefill", &peer, "--no-local-reuse"];
+        let decode = Process::start("decode worker", &[&worker[..], &decode].concat()).await?;
+        progress.say(&decode);
+        Ok(Self { decode, prefill, server })
+    }
 
+    async fn stop(self) {
+        for process in [self.decode, self.prefill, self.server] {
+            process.stop().await;
+        }
+    }
+}
+
+async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliError> {
+    let progress = Progress::new(options.json);
+    let fleet = Fleet::start(options, model, &progress).await?;
     let prompts = prompts::prompts(options.shared_lines, options.requests);
-    let ask = |prompt: &str, use_cache| ask(decode.url(), prompt.to_owned(), options.max_tokens, use_cache);
+    let url = fleet.decode.url();
+    let ask = |prompt: &str, use_cache| ask(url.clone(), prompt.to_owned(), options.max_tokens, use_cache);
     ask("Hello", false).await?;
     let mut cold: Vec<Answer> = Vec::new();
     for (i, prompt) in prompts.iter().enumerate() {
-        spinner.set_message(format!("request {} of {}, no cache", i + 1, prompts.len()));
+        progress.doing(&format!("request {} of {}, no cache", i + 1, prompts.len()));
         cold.push(ask(prompt, false).await?);
     }
-    spinner.set_message("request 1, computed and published by the prefill worker");
+    progress.doing("request 1, computed and published by the prefill worker");
     let fill = ask(&prompts[0], true).await?;
     let mut warm = Vec::new();
     for (i, prompt) in prompts.iter().enumerate() {
-        spinner.set_message(format!("request {} of {}, from the cache", i + 1, prompts.len()));
-        // The first time a question is asked its own few blocks are not in the cache yet; ask once more so that all
-        // rows show the same thing.
-        if i > 0 {
-            ask(prompt, true).await?;
-        }
+        progress.doing(&format!("request {} of {}, from the cache", i + 1, prompts.len()));
         warm.push(ask(prompt, true).await?);
     }
-    spinner.finish_and_clear();
-    let rows = cold
-        .into_iter()
-        .zip(warm)
-        .map(|(cold, warm)| Row { cold, warm })
-        .collect();
-    let client = CacheClient::start(ClientOptions::new(&cache)).map_err(CliError::failed)?;
+    let client = CacheClient::start(ClientOptions::new(fleet.server.url())).map_err(CliError::failed)?;
     let stats = client.stats().await.map_err(CliError::failed)?;
-    for process in [decode, prefill, server] {
-        process.stop().await;
-    }
-    Ok(Report {
-        model: model.to_owned(),
-        rows,
-        fill,
-        stats: inspect::stats_json(&stats),
-    })
+    drop(client);
+    fleet.stop().await;
+    progress.spinner.finish_and_clear();
+    let rows = cold.into_iter().zip(warm).map(|(cold, warm)| Row { cold, warm }).collect();
+    Ok(Report { model: model.to_owned(), rows, fill, stats: inspect::stats_json(&stats) })
 }
 
-fn spinner(hidden: bool) -> ProgressBar {
-    if hidden {
-        return ProgressBar::hidden();
+/// What the demo shows while it runs: nothing when its output is for machines.
+struct Progress {
+    spinner: ProgressBar,
+    quiet: bool,
+}
+
+impl Progress {
+    fn new(quiet: bool) -> Self {
+        if quiet {
+            return Self { spinner: ProgressBar::hidden(), quiet };
+        }
+        let spinner = ProgressBar::new_spinner();
+        let style = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
+        spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        spinner.enable_steady_tick(Duration::from_millis(120));
+        Self { spinner, quiet }
     }
-    let spinner = ProgressBar::new_spinner();
-    let style = ProgressStyle::with_template("{spinner} {msg} ({elapsed})");
-    spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-    spinner.enable_steady_tick(Duration::from_millis(120));
-    spinner
+
+    fn doing(&self, what: &str) {
+        self.spinner.set_message(what.to_owned());
+    }
+
+    fn say(&self, process: &Process) {
+        if !self.quiet {
+            let line = format!("{:15} {}  (process {})", process.name(), process.url(), process.id());
+            self.spinner.suspend(|| println!("{line}"));
+        }
+    }
 }

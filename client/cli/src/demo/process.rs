@@ -32,22 +32,21 @@ impl Process {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| CliError::Failed(format!("cannot start the {name}: {error}")))?;
-        let output = child
-            .stdout
-            .take()
-            .ok_or_else(|| CliError::Failed("no pipe".into()))?;
+        let output = child.stdout.take().ok_or_else(|| CliError::Failed("no pipe".into()))?;
         let mut line = String::new();
         let mut output = BufReader::new(output);
         let read = tokio::time::timeout(START_TIMEOUT, output.read_line(&mut line)).await;
         read.map_err(|_| CliError::Failed(format!("the {name} did not start in time")))?
             .map_err(CliError::failed)?;
         let announced: serde_json::Value = serde_json::from_str(&line).map_err(|_| {
-            CliError::Failed(format!(
-                "the {name} ended before it was ready; its message is above"
-            ))
+            CliError::Failed(format!("the {name} ended before it was ready; its message is above"))
         })?;
         let address = announced["address"].as_str().unwrap_or_default().to_owned();
         Ok(Self { name, child, address })
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        self.name
     }
 
     pub(super) fn url(&self) -> String {
@@ -61,10 +60,7 @@ impl Process {
     /// Asks it to end, and sees to it.
     pub(super) async fn stop(mut self) {
         drop(self.child.stdin.take());
-        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait())
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
             eprintln!("cairn: the {} did not end by itself and is killed", self.name);
             // It is killed when dropped, too; here its end is awaited.
             let _ = self.child.kill().await;

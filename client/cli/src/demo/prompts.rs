@@ -1,16 +1,9 @@
 //! Prompts that share a long text: an inventory that is made up line by line, and a question about one of its lines.
 
 const COLOURS: [&str; 7] = ["red", "blue", "green", "white", "amber", "grey", "violet"];
-const THINGS: [&str; 9] = [
-    "lamps", "bells", "maps", "ropes", "jars", "keys", "coils", "masks", "bricks",
-];
-const PLACES: [&str; 5] = [
-    "by the door",
-    "under the stairs",
-    "in the cellar",
-    "on the roof",
-    "near the well",
-];
+const THINGS: [&str; 9] = ["lamps", "bells", "maps", "ropes", "jars", "keys", "coils", "masks", "bricks"];
+const PLACES: [&str; 5] =
+    ["by the door", "under the stairs", "in the cellar", "on the roof", "near the well"];
 
 pub(super) fn prompts(lines: u32, count: u32) -> Vec<String> {
     let inventory: String = (1..=lines).map(line).collect();
@@ -26,8 +19,5 @@ pub(super) fn prompts(lines: u32, count: u32) -> Vec<String> {
 fn line(shelf: u32) -> String {
     let pick = |step: u32, words: &[&'static str]| words[(shelf * step) as usize % words.len()];
     let (colour, thing, place) = (pick(3, &COLOURS), pick(5, &THINGS), pick(7, &PLACES));
-    format!(
-        "Shelf {shelf} holds {} {colour} {thing} {place}.\n",
-        2 + shelf * 11 % 17
-    )
+    format!("Shelf {shelf} holds {} {colour} {thing} {place}.\n", 2 + shelf * 11 % 17)
 }

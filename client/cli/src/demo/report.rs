@@ -50,10 +50,7 @@ impl Report {
                 "ttft_cold_ms": row.cold.first_token_ms, "ttft_warm_ms": row.warm.first_token_ms, "ratio": row.ratio(),
                 "tokens_identical": row.identical(), "loaded_bytes": row.warm.loaded_bytes, "text": row.warm.text})
         };
-        let rates = self
-            .hit_rates()
-            .into_iter()
-            .map(|(tier, rate)| (tier, json!(rate)));
+        let rates = self.hit_rates().into_iter().map(|(tier, rate)| (tier, json!(rate)));
         json!({"model": self.model, "wire": "grpc", "requests": self.rows.iter().enumerate().map(row).collect::<Vec<_>>(),
             "fill": {"ttft_ms": self.fill.first_token_ms, "cached_tokens": self.fill.cached_tokens,
                 "loaded_bytes": self.fill.loaded_bytes},
@@ -85,9 +82,7 @@ impl Report {
                 mib(row.warm.loaded_bytes),
             ]);
         }
-        table
-            .column_iter_mut()
-            .for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+        table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
         println!("\n{table}");
         println!("cold: every cache off. warm: attention state from the cache, over gRPC, verified.");
         println!(
@@ -107,10 +102,7 @@ impl Report {
             mib(number("published_bytes")),
             mib(number("fetched_bytes"))
         );
-        println!(
-            "answer 1: {}",
-            self.rows[0].warm.text.trim().lines().next().unwrap_or_default()
-        );
+        println!("answer 1: {}", self.rows[0].warm.text.trim().lines().next().unwrap_or_default());
     }
 }
 

@@ -27,17 +27,11 @@ pub(super) async fn ask(
         "stream_options": {"include_usage": true}, "return_token_ids": true, "ignore_eos": true,
         "cairn_cache": use_cache});
     let started = Instant::now();
-    let response = reqwest::Client::new()
-        .post(format!("{url}/v1/completions"))
-        .json(&body)
-        .send()
-        .await;
+    let response = reqwest::Client::new().post(format!("{url}/v1/completions")).json(&body).send().await;
     let response = response.map_err(CliError::failed)?;
     if !response.status().is_success() {
         let text = response.text().await.unwrap_or_default();
-        return Err(CliError::Failed(format!(
-            "the decode worker refused the request: {text}"
-        )));
+        return Err(CliError::Failed(format!("the decode worker refused the request: {text}")));
     }
     let mut answer = Answer {
         text: String::new(),
@@ -54,11 +48,7 @@ pub(super) async fn ask(
         while let Some(end) = received.windows(2).position(|two| two == b"\n\n") {
             let event: Vec<u8> = received.drain(..end + 2).collect();
             let text = String::from_utf8_lossy(&event);
-            let Some(data) = text
-                .trim()
-                .strip_prefix("data: ")
-                .filter(|data| *data != "[DONE]")
-            else {
+            let Some(data) = text.trim().strip_prefix("data: ").filter(|data| *data != "[DONE]") else {
                 continue;
             };
             let value: Value = serde_json::from_str(data).map_err(CliError::failed)?;
@@ -66,9 +56,7 @@ pub(super) async fn ask(
         }
     }
     if answer.token_ids.is_empty() {
-        return Err(CliError::Failed(
-            "the decode worker ended the answer before its first token".into(),
-        ));
+        return Err(CliError::Failed("the decode worker ended the answer before its first token".into()));
     }
     Ok(answer)
 }

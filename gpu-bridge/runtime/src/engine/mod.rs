@@ -154,15 +154,8 @@ impl Engine {
         let places = options.max_sequences + options.max_waiting;
         let loads = commands.downgrade();
         let state = run::Loop::new(model.clone(), options, shape, (memory, stream), share, loads);
-        std::thread::Builder::new()
-            .name("cairn-engine".into())
-            .spawn(move || state.run(receiver))?;
-        Ok(Self {
-            commands,
-            waiting: Arc::new(tokio::sync::Semaphore::new(places)),
-            model,
-            limit,
-        })
+        std::thread::Builder::new().name("cairn-engine".into()).spawn(move || state.run(receiver))?;
+        Ok(Self { commands, waiting: Arc::new(tokio::sync::Semaphore::new(places)), model, limit })
     }
 
     /// Tokens of a prompt and its answer together, at most.
@@ -189,28 +182,17 @@ impl Engine {
             return Err(SubmitError::Empty);
         }
         if tokens.saturating_add(wanted) > self.limit {
-            return Err(SubmitError::TooLong {
-                tokens,
-                wanted,
-                limit: self.limit,
-            });
+            return Err(SubmitError::TooLong { tokens, wanted, limit: self.limit });
         }
         let vocabulary = self.model.config.vocabulary as u32;
         if let Some(unknown) = request.tokens.iter().find(|token| **token >= vocabulary) {
             return Err(SubmitError::UnknownToken(*unknown));
         }
-        let place = self
-            .waiting
-            .clone()
-            .try_acquire_owned()
-            .map_err(|_| SubmitError::Busy)?;
+        let place = self.waiting.clone().try_acquire_owned().map_err(|_| SubmitError::Busy)?;
         // Room for every token and the summary, so that the engine never waits for a reader.
         let (sender, updates) = mpsc::channel(wanted + 1);
         let sequence = Box::new(Sequence::new(request, sender, place));
-        self.commands
-            .send(Command::Submit(sequence))
-            .await
-            .map_err(|_| SubmitError::Stopped)?;
+        self.commands.send(Command::Submit(sequence)).await.map_err(|_| SubmitError::Stopped)?;
         Ok(updates)
     }
 }
@@ -220,19 +202,13 @@ impl Engine {
 /// # Errors
 /// When a block does not suit the kernels or the pool holds none.
 pub fn pool_shape(model: &Model, options: &EngineOptions) -> Result<PagedShape, EngineError> {
-    let EngineOptions {
-        block_tokens,
-        pool_tokens,
-        ..
-    } = *options;
+    let EngineOptions { block_tokens, pool_tokens, .. } = *options;
     if block_tokens == 0 || !block_tokens.is_multiple_of(16) {
         let text = format!("block_tokens is {block_tokens}; it must be a multiple of 16");
         return Err(EngineError::Options(text));
     }
     if options.chunk_tokens == 0 || options.max_sequences == 0 {
-        return Err(EngineError::Options(
-            "chunk_tokens and max_sequences must be at least 1".into(),
-        ));
+        return Err(EngineError::Options("chunk_tokens and max_sequences must be at least 1".into()));
     }
     let slots = pool_tokens / block_tokens;
     if slots == 0 || u32::try_from(slots).is_err() {
@@ -241,12 +217,5 @@ pub fn pool_shape(model: &Model, options: &EngineOptions) -> Result<PagedShape, 
     }
     let config = &model.config;
     let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
-    Ok(PagedShape {
-        layers,
-        kv_heads,
-        head_dim,
-        block_tokens,
-        slots,
-        kv_type: options.kv_type,
-    })
+    Ok(PagedShape { layers, kv_heads, head_dim, block_tokens, slots, kv_type: options.kv_type })
 }

@@ -59,9 +59,7 @@ impl Loop {
         loads: mpsc::WeakSender<Command>,
     ) -> Self {
         // Without a cache the chain only names blocks inside this worker.
-        let space = share
-            .as_ref()
-            .map_or(SpaceId(model.fingerprint), |share| share.space().id());
+        let space = share.as_ref().map_or(SpaceId(model.fingerprint), |share| share.space().id());
         Self {
             blocks: BlockPool::new(shape.slots as u32),
             model,
@@ -169,9 +167,7 @@ impl Loop {
             return;
         };
         sequence.shared = loaded.resident;
-        sequence
-            .stored
-            .store(loaded.resident.unwrap_or(0), Ordering::Relaxed);
+        sequence.stored.store(loaded.resident.unwrap_or(0), Ordering::Relaxed);
         sequence.summary.load_ms = loaded.elapsed.as_secs_f64() * 1e3;
         sequence.summary.remote_prefill = loaded.delegated;
         let count = loaded.blocks;
@@ -263,11 +259,7 @@ impl Loop {
             budget -= count;
             let generates = sequence.work != Work::Prefill;
             let ends = generates && sequence.computed + count == sequence.tokens.len();
-            parts.push(Part {
-                sequence: index,
-                count,
-                ends,
-            });
+            parts.push(Part { sequence: index, count, ends });
         }
         parts
     }
@@ -304,13 +296,7 @@ impl Loop {
         if rows.is_empty() {
             return Vec::new();
         }
-        let Self {
-            model,
-            shape,
-            memory,
-            scratch,
-            ..
-        } = self;
+        let Self { model, shape, memory, scratch, .. } = self;
         memory.write(|pool| model.forward(shape, pool, &rows, &logits_for, scratch))
     }
 
@@ -336,12 +322,7 @@ impl Loop {
             let blocks = (shared..end).map(|block| self.gather(sequence, block)).collect();
             let parent = shared.checked_sub(1).map(|block| sequence.hashes[block]);
             let stored = sequence.stored.clone();
-            if !share.publish(PublishBatch {
-                parent,
-                blocks,
-                stored,
-                finish: None,
-            }) {
+            if !share.publish(PublishBatch { parent, blocks, stored, finish: None }) {
                 tracing::warn!(
                     "publishing falls behind; the rest of this sequence is not offered to the cache"
                 );
@@ -357,23 +338,14 @@ impl Loop {
     fn gather(&self, sequence: &Sequence, block: usize) -> Block {
         let mut bytes = vec![0; self.shape.block_bytes()];
         let slot = sequence.slots[block].0 as usize;
-        self.memory
-            .read(|pool| cairn_kernels::gather_block(&self.shape, pool, slot, &mut bytes));
+        self.memory.read(|pool| cairn_kernels::gather_block(&self.shape, pool, slot, &mut bytes));
         let hash = sequence.hashes[block];
-        Block {
-            hash,
-            checksum: Checksum::of(&self.space, &hash, &bytes),
-            bytes: Bytes::from(bytes),
-        }
+        Block { hash, checksum: Checksum::of(&self.space, &hash, &bytes), bytes: Bytes::from(bytes) }
     }
 
     /// Adds the next token to an answer.
     fn advance(&mut self, sequence: &mut Sequence, logits: &[f32]) {
-        let Work::Generate {
-            max_tokens,
-            ignore_end,
-        } = sequence.work
-        else {
+        let Work::Generate { max_tokens, ignore_end } = sequence.work else {
             return;
         };
         let summary = &mut sequence.summary;

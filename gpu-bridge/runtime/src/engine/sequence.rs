@@ -106,10 +106,7 @@ impl Sequence {
             shared: None,
             stored: Arc::default(),
             updates,
-            summary: Summary {
-                prompt_tokens: prompt,
-                ..Summary::default()
-            },
+            summary: Summary { prompt_tokens: prompt, ..Summary::default() },
             ended: None,
             submitted: Instant::now(),
             _place: place,

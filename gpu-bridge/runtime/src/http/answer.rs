@@ -28,11 +28,7 @@ pub(super) struct Answer {
 /// What a part of an answer says.
 enum Piece {
     Text(String, Vec<u32>),
-    End {
-        finish: &'static str,
-        rest: String,
-        summary: Option<Summary>,
-    },
+    End { finish: &'static str, rest: String, summary: Option<Summary> },
 }
 
 impl Answer {
@@ -63,11 +59,7 @@ impl Answer {
                 if self.text.stopped() {
                     // Dropping the receiver cancels the request.
                     self.updates.close();
-                    return Some(Piece::End {
-                        finish: "stop",
-                        rest: text,
-                        summary: None,
-                    });
+                    return Some(Piece::End { finish: "stop", rest: text, summary: None });
                 }
                 Some(Piece::Text(text, vec![id]))
             }
@@ -75,11 +67,7 @@ impl Answer {
                 let rest = self.text.finish(tokenizer);
                 let length = summary.finish == Finish::Length && !self.text.stopped();
                 let finish = if length { "length" } else { "stop" };
-                Some(Piece::End {
-                    finish,
-                    rest,
-                    summary: Some(summary),
-                })
+                Some(Piece::End { finish, rest, summary: Some(summary) })
             }
         }
     }
@@ -89,20 +77,13 @@ impl Answer {
         loop {
             match self.next().await {
                 None => {
-                    return Err(Failure(
-                        StatusCode::INTERNAL_SERVER_ERROR,
-                        "the engine ended".into(),
-                    ));
+                    return Err(Failure(StatusCode::INTERNAL_SERVER_ERROR, "the engine ended".into()));
                 }
                 Some(Piece::Text(text, new)) => {
                     all.push_str(&text);
                     ids.extend(new);
                 }
-                Some(Piece::End {
-                    finish,
-                    rest,
-                    summary,
-                }) => {
+                Some(Piece::End { finish, rest, summary }) => {
                     all.push_str(&rest);
                     let mut choice = if self.chat {
                         json!({"index": 0, "message": {"role": "assistant", "content": all}, "logprobs": null,
@@ -113,11 +94,7 @@ impl Answer {
                     if self.with_ids {
                         choice["token_ids"] = json!(ids);
                     }
-                    let object = if self.chat {
-                        "chat.completion"
-                    } else {
-                        "text_completion"
-                    };
+                    let object = if self.chat { "chat.completion" } else { "text_completion" };
                     let mut body = self.envelope(object, vec![choice]);
                     if let Some(summary) = summary {
                         add_usage(&mut body, &summary);
@@ -137,11 +114,7 @@ impl Answer {
             let mut answer = answer?;
             let event = match answer.next().await? {
                 Piece::Text(text, ids) => answer.event(Some(&text), None, &ids),
-                Piece::End {
-                    finish,
-                    rest,
-                    summary,
-                } => {
+                Piece::End { finish, rest, summary } => {
                     // In reverse: the last is popped first.
                     queued.push(Event::default().data("[DONE]"));
                     if let Some(summary) = summary.filter(|_| include_usage) {
@@ -176,11 +149,7 @@ impl Answer {
     }
 
     fn stream_object(&self) -> &'static str {
-        if self.chat {
-            "chat.completion.chunk"
-        } else {
-            "text_completion"
-        }
+        if self.chat { "chat.completion.chunk" } else { "text_completion" }
     }
 
     fn envelope(&self, object: &str, choices: Vec<Value>) -> Value {
@@ -208,7 +177,5 @@ fn add_usage(body: &mut Value, summary: &Summary) {
 }
 
 pub(crate) fn unix_seconds() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

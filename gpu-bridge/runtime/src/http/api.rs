@@ -88,9 +88,7 @@ impl CommonFields {
     }
 
     pub(super) fn include_usage(&self) -> bool {
-        self.stream_options
-            .as_ref()
-            .is_some_and(|options| options.include_usage)
+        self.stream_options.as_ref().is_some_and(|options| options.include_usage)
     }
 
     pub(super) fn stops(&self) -> Vec<String> {

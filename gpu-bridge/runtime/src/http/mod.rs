@@ -45,16 +45,8 @@ struct Failure(StatusCode, String);
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let kind = if self.0.is_server_error() {
-            "server_error"
-        } else {
-            "invalid_request_error"
-        };
-        (
-            self.0,
-            Json(json!({"error": {"message": self.1, "type": kind, "code": null}})),
-        )
-            .into_response()
+        let kind = if self.0.is_server_error() { "server_error" } else { "invalid_request_error" };
+        (self.0, Json(json!({"error": {"message": self.1, "type": kind, "code": null}}))).into_response()
     }
 }
 
@@ -111,10 +103,7 @@ async fn chat(
     let messages: Vec<ChatMessage> = request.messages;
     let tokens = service.engine.model().tokenizer.encode_chat(&messages)?;
     let room = service.engine.limit().saturating_sub(tokens.len());
-    let max_tokens = request
-        .max_completion_tokens
-        .or(request.common.max_tokens)
-        .unwrap_or(room);
+    let max_tokens = request.max_completion_tokens.or(request.common.max_tokens).unwrap_or(room);
     answer(service, tokens, max_tokens, request.common, true).await
 }
 
@@ -125,21 +114,13 @@ async fn answer(
     fields: CommonFields,
     chat: bool,
 ) -> Result<Response, Failure> {
-    fields
-        .check()
-        .map_err(|text| Failure(StatusCode::BAD_REQUEST, text))?;
+    fields.check().map_err(|text| Failure(StatusCode::BAD_REQUEST, text))?;
     if max_tokens == 0 {
-        return Err(Failure(
-            StatusCode::BAD_REQUEST,
-            "max_tokens must be at least 1".into(),
-        ));
+        return Err(Failure(StatusCode::BAD_REQUEST, "max_tokens must be at least 1".into()));
     }
     let request = Request {
         tokens,
-        work: Work::Generate {
-            max_tokens,
-            ignore_end: fields.ignore_eos,
-        },
+        work: Work::Generate { max_tokens, ignore_end: fields.ignore_eos },
         sampling: Sampling {
             temperature: fields.temperature.unwrap_or(1.0),
             top_p: fields.top_p.unwrap_or(1.0),
@@ -149,9 +130,5 @@ async fn answer(
     };
     let updates = service.engine.submit(request).await?;
     let answer = Answer::new(service, updates, &fields, chat);
-    if fields.stream {
-        Ok(answer.stream(fields.include_usage()))
-    } else {
-        answer.whole().await
-    }
+    if fields.stream { Ok(answer.stream(fields.include_usage())) } else { answer.whole().await }
 }

@@ -17,13 +17,7 @@ pub(super) struct TextStream {
 
 impl TextStream {
     pub(super) fn new(stops: Vec<String>) -> Self {
-        Self {
-            stops,
-            ids: Vec::new(),
-            settled: 0,
-            held: String::new(),
-            stopped: false,
-        }
+        Self { stops, ids: Vec::new(), settled: 0, held: String::new(), stopped: false }
     }
 
     /// Whether a stop text was reached; what follows it is not wanted.
@@ -41,8 +35,7 @@ impl TextStream {
             return String::new();
         }
         self.settled = self.ids.len();
-        self.held
-            .push_str(now.strip_prefix(before.as_str()).unwrap_or_default());
+        self.held.push_str(now.strip_prefix(before.as_str()).unwrap_or_default());
         self.release(false)
     }
 
@@ -52,8 +45,7 @@ impl TextStream {
         let before = tokenizer.decode(&self.ids[start..self.settled]);
         let now = tokenizer.decode(&self.ids[start..]);
         self.settled = self.ids.len();
-        self.held
-            .push_str(now.strip_prefix(before.as_str()).unwrap_or_default());
+        self.held.push_str(now.strip_prefix(before.as_str()).unwrap_or_default());
         self.release(true)
     }
 
@@ -62,11 +54,7 @@ impl TextStream {
         if self.stopped {
             return String::new();
         }
-        let first = self
-            .stops
-            .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()))
-            .min();
+        let first = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
         if let Some(at) = first {
             self.stopped = true;
             self.held.truncate(at);
@@ -74,15 +62,9 @@ impl TextStream {
         }
         let may_grow = |stop: &String| {
             let longest = (stop.len() - 1).min(self.held.len());
-            (1..=longest)
-                .rev()
-                .find(|n| stop.is_char_boundary(*n) && self.held.ends_with(&stop[..*n]))
+            (1..=longest).rev().find(|n| stop.is_char_boundary(*n) && self.held.ends_with(&stop[..*n]))
         };
-        let kept = if last {
-            0
-        } else {
-            self.stops.iter().filter_map(may_grow).max().unwrap_or(0)
-        };
+        let kept = if last { 0 } else { self.stops.iter().filter_map(may_grow).max().unwrap_or(0) };
         let rest = self.held.split_off(self.held.len() - kept);
         std::mem::replace(&mut self.held, rest)
     }
@@ -105,12 +87,7 @@ mod tests {
     fn characters_come_whole_and_nothing_is_lost() {
         let (pieces, stopped) = run("aß\u{1F600}b", &[]);
         assert_eq!(pieces.concat(), "aß\u{1F600}b");
-        assert!(
-            !stopped
-                && pieces
-                    .iter()
-                    .all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER))
-        );
+        assert!(!stopped && pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)));
     }
 
     #[test]

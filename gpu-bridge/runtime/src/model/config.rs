@@ -98,10 +98,7 @@ impl ModelConfig {
             return Err(ModelError::Invalid(format!("the model's {name} is 0 or missing")));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
-            let text = format!(
-                "{} query heads are not a multiple of {} KV heads",
-                self.heads, self.kv_heads
-            );
+            let text = format!("{} query heads are not a multiple of {} KV heads", self.heads, self.kv_heads);
             return Err(ModelError::Invalid(text));
         }
         if !self.head_dim.is_multiple_of(16) {
@@ -113,9 +110,7 @@ impl ModelConfig {
         if let RopeScaling::PerFrequency(divisors) = &self.rope_scaling
             && divisors.len() != self.head_dim / 2
         {
-            return Err(ModelError::Invalid(
-                "rope_freqs does not have half a head's elements".into(),
-            ));
+            return Err(ModelError::Invalid("rope_freqs does not have half a head's elements".into()));
         }
         Ok(self)
     }
@@ -167,11 +162,7 @@ pub fn from_hf(name: &str, json: &[u8]) -> Result<ModelConfig, ModelError> {
     let hf: HfConfig =
         serde_json::from_slice(json).map_err(|error| ModelError::Invalid(format!("config.json: {error}")))?;
     if !HF_TYPES.contains(&hf.model_type.as_str()) {
-        let text = format!(
-            "model_type {:?}: known are {}",
-            hf.model_type,
-            HF_TYPES.join(", ")
-        );
+        let text = format!("model_type {:?}: known are {}", hf.model_type, HF_TYPES.join(", "));
         return Err(ModelError::Unsupported(text));
     }
     if hf.use_sliding_window {
@@ -186,9 +177,7 @@ pub fn from_hf(name: &str, json: &[u8]) -> Result<ModelConfig, ModelError> {
         intermediate: hf.intermediate_size,
         heads: hf.num_attention_heads,
         kv_heads: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
-        head_dim: hf
-            .head_dim
-            .unwrap_or(hf.hidden_size / hf.num_attention_heads.max(1)),
+        head_dim: hf.head_dim.unwrap_or(hf.hidden_size / hf.num_attention_heads.max(1)),
         vocabulary: hf.vocab_size,
         rms_epsilon: hf.rms_norm_eps as f32,
         max_positions: hf.max_position_embeddings,
@@ -230,34 +219,13 @@ mod tests {
     #[test]
     fn variants_are_read_and_what_is_not_supported_is_named() {
         let qwen3 = from_hf("q", QWEN3.as_bytes()).unwrap();
-        assert_eq!(
-            (qwen3.head_dim, qwen3.kv_heads, qwen3.tied_embeddings),
-            (32, 2, true)
-        );
+        assert_eq!((qwen3.head_dim, qwen3.kv_heads, qwen3.tied_embeddings), (32, 2, true));
         let mamba = QWEN3.replace("qwen3", "mamba");
-        assert!(
-            from_hf("m", mamba.as_bytes())
-                .unwrap_err()
-                .to_string()
-                .contains("mamba")
-        );
-        let yarn = QWEN3.replace(
-            "\"head_dim\"",
-            "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"head_dim\"",
-        );
-        assert!(
-            from_hf("y", yarn.as_bytes())
-                .unwrap_err()
-                .to_string()
-                .contains("yarn")
-        );
+        assert!(from_hf("m", mamba.as_bytes()).unwrap_err().to_string().contains("mamba"));
+        let yarn = QWEN3.replace("\"head_dim\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"head_dim\"");
+        assert!(from_hf("y", yarn.as_bytes()).unwrap_err().to_string().contains("yarn"));
         let uneven = QWEN3.replace("\"num_key_value_heads\":2", "\"num_key_value_heads\":3");
-        assert!(
-            from_hf("u", uneven.as_bytes())
-                .unwrap_err()
-                .to_string()
-                .contains("multiple")
-        );
+        assert!(from_hf("u", uneven.as_bytes()).unwrap_err().to_string().contains("multiple"));
     }
 
     #[test]

@@ -73,31 +73,17 @@ impl Gguf {
             let name = reader.text()?;
             let rank = reader.u32()?;
             if rank > 4 {
-                return Err(ModelError::Invalid(format!(
-                    "tensor {name} has {rank} dimensions"
-                )));
+                return Err(ModelError::Invalid(format!("tensor {name} has {rank} dimensions")));
             }
             let dimensions = (0..rank).map(|_| reader.u64()).collect::<Result<_, _>>()?;
-            tensors.insert(
-                name,
-                TensorInfo {
-                    dimensions,
-                    kind: reader.u32()?,
-                    offset: reader.u64()?,
-                },
-            );
+            tensors.insert(name, TensorInfo { dimensions, kind: reader.u32()?, offset: reader.u64()? });
         }
         let alignment = match metadata.get("general.alignment") {
             Some(Value::Integer(alignment)) if *alignment > 0 => *alignment as usize,
             _ => 32,
         };
         let data_start = reader.at.next_multiple_of(alignment);
-        Ok(Self {
-            bytes,
-            metadata,
-            tensors,
-            data_start,
-        })
+        Ok(Self { bytes, metadata, tensors, data_start })
     }
 
     /// The file's bytes, for its fingerprint.
@@ -150,16 +136,10 @@ impl Gguf {
         };
         let (hidden, heads) = (number("embedding_length")?, number("attention.head_count")?);
         let head_dim = number("attention.key_length").unwrap_or(hidden / heads.max(1));
-        let vocabulary = match self
-            .tensors
-            .get("token_embd.weight")
-            .map(|t| t.dimensions.as_slice())
-        {
+        let vocabulary = match self.tensors.get("token_embd.weight").map(|t| t.dimensions.as_slice()) {
             Some([_, rows]) => *rows as usize,
             _ => {
-                return Err(ModelError::Invalid(
-                    "the GGUF file has no token_embd.weight".into(),
-                ));
+                return Err(ModelError::Invalid("the GGUF file has no token_embd.weight".into()));
             }
         };
         let epsilon = self.float(&format!("{architecture}.attention.layer_norm_rms_epsilon"));
@@ -194,13 +174,9 @@ impl Gguf {
     fn rope_scaling(&self, architecture: &str) -> Result<RopeScaling, ModelError> {
         if self.tensors.contains_key("rope_freqs.weight") {
             let divisors = self.dequantised("rope_freqs.weight")?;
-            return Ok(RopeScaling::PerFrequency(
-                divisors.into_iter().map(f64::from).collect(),
-            ));
+            return Ok(RopeScaling::PerFrequency(divisors.into_iter().map(f64::from).collect()));
         }
-        let factor = self
-            .float(&format!("{architecture}.rope.scaling.factor"))
-            .unwrap_or(1.0);
+        let factor = self.float(&format!("{architecture}.rope.scaling.factor")).unwrap_or(1.0);
         match self.text(&format!("{architecture}.rope.scaling.type")) {
             None | Some("none") => Ok(RopeScaling::None),
             Some("linear") => Ok(RopeScaling::Linear(factor)),
@@ -211,10 +187,7 @@ impl Gguf {
     fn dequantised(&self, name: &str) -> Result<Vec<f32>, ModelError> {
         let info = self.tensors.get(name);
         let info = info.ok_or_else(|| ModelError::Invalid(format!("the GGUF file has no tensor {name}")))?;
-        let elements = info
-            .dimensions
-            .iter()
-            .try_fold(1u64, |product, d| product.checked_mul(*d));
+        let elements = info.dimensions.iter().try_fold(1u64, |product, d| product.checked_mul(*d));
         let elements = elements.and_then(|elements| usize::try_from(elements).ok());
         let format = Format::of(info.kind, name)?;
         let bytes = elements.and_then(|elements| format.bytes(elements));
@@ -337,9 +310,7 @@ impl Format {
 
     fn bytes(self, elements: usize) -> Option<usize> {
         let (unit, bytes) = self.unit();
-        elements
-            .is_multiple_of(unit)
-            .then(|| (elements / unit).checked_mul(bytes))?
+        elements.is_multiple_of(unit).then(|| (elements / unit).checked_mul(bytes))?
     }
 
     fn decode(self, data: &[u8]) -> Vec<f32> {
@@ -348,31 +319,14 @@ impl Format {
         let fifth = |b: &[u8], i: usize| ((b[i / 8] >> (i % 8)) & 1) << 4;
         let blocks = data.chunks_exact(self.unit().1);
         match self {
-            Self::F32 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect(),
-            Self::F16 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f16::from_le_bytes(*b).to_f32())
-                .collect(),
-            Self::Bf16 => data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| bf16::from_le_bytes(*b).to_f32())
-                .collect(),
+            Self::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Self::F16 => data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            Self::Bf16 => data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
             Self::Q4_0 => quantised(blocks, |b, i| half(b) * (f32::from(nibble(&b[2..], i)) - 8.0)),
-            Self::Q4_1 => quantised(blocks, |b, i| {
-                half(b) * f32::from(nibble(&b[4..], i)) + half(&b[2..])
-            }),
-            Self::Q5_0 => quantised(blocks, |b, i| {
-                half(b) * (f32::from(nibble(&b[6..], i) | fifth(&b[2..], i)) - 16.0)
-            }),
+            Self::Q4_1 => quantised(blocks, |b, i| half(b) * f32::from(nibble(&b[4..], i)) + half(&b[2..])),
+            Self::Q5_0 => {
+                quantised(blocks, |b, i| half(b) * (f32::from(nibble(&b[6..], i) | fifth(&b[2..], i)) - 16.0))
+            }
             Self::Q5_1 => quantised(blocks, |b, i| {
                 half(b) * f32::from(nibble(&b[8..], i) | fifth(&b[4..], i)) + half(&b[2..])
             }),
@@ -382,9 +336,7 @@ impl Format {
 }
 
 fn quantised<'a>(blocks: impl Iterator<Item = &'a [u8]>, element: impl Fn(&[u8], usize) -> f32) -> Vec<f32> {
-    blocks
-        .flat_map(|block| (0..BLOCK).map(|i| element(block, i)).collect::<Vec<_>>())
-        .collect()
+    blocks.flat_map(|block| (0..BLOCK).map(|i| element(block, i)).collect::<Vec<_>>()).collect()
 }
 
 struct Reader<'a> {
@@ -394,10 +346,7 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, bytes: usize) -> Result<&'a [u8], ModelError> {
-        let part = self
-            .at
-            .checked_add(bytes)
-            .and_then(|end| self.bytes.get(self.at..end));
+        let part = self.at.checked_add(bytes).and_then(|end| self.bytes.get(self.at..end));
         let part = part.ok_or_else(|| ModelError::Invalid("the GGUF file ends early".into()))?;
         self.at += bytes;
         Ok(part)
@@ -420,9 +369,7 @@ impl<'a> Reader<'a> {
     fn count(&mut self) -> Result<u64, ModelError> {
         match self.u64()? {
             count if count <= MAX_ENTRIES => Ok(count),
-            count => Err(ModelError::Invalid(format!(
-                "the GGUF file claims {count} entries"
-            ))),
+            count => Err(ModelError::Invalid(format!("the GGUF file claims {count} entries"))),
         }
     }
 
@@ -474,11 +421,7 @@ mod tests {
         assert_eq!(decoded[16 + 3], 0.5 * 12.0 - 1.0);
         let q4_0 = [&scale(2.0)[..], &nibbles].concat();
         assert_eq!(Format::Q4_0.decode(&q4_0)[0], -16.0);
-        let q8_0 = [
-            &scale(0.25)[..],
-            &(0..32).map(|i| (i as i8 - 16) as u8).collect::<Vec<_>>(),
-        ]
-        .concat();
+        let q8_0 = [&scale(0.25)[..], &(0..32).map(|i| (i as i8 - 16) as u8).collect::<Vec<_>>()].concat();
         assert_eq!(Format::Q8_0.decode(&q8_0)[1], 0.25 * -15.0);
         let q5_0 = [&scale(1.0)[..], &[0xFF, 0, 0, 0], &nibbles].concat();
         assert_eq!(Format::Q5_0.decode(&q5_0)[..3], [0.0, 1.0, 2.0]);
@@ -489,12 +432,7 @@ mod tests {
     fn rows_of_a_head_are_put_back_in_halves() {
         let pairs: Vec<f32> = (0..16).map(|i| i as f32).collect();
         let halves = halves_from_pairs(&pairs, 2, 1);
-        assert_eq!(
-            halves,
-            [
-                0., 2., 4., 6., 1., 3., 5., 7., 8., 10., 12., 14., 9., 11., 13., 15.
-            ]
-        );
+        assert_eq!(halves, [0., 2., 4., 6., 1., 3., 5., 7., 8., 10., 12., 14., 9., 11., 13., 15.]);
     }
 
     #[test]
@@ -519,11 +457,6 @@ mod tests {
         }
         let gguf = Gguf::parse(file).unwrap();
         assert_eq!(gguf.text("abc"), Some("xy"));
-        assert!(
-            gguf.dequantised("t")
-                .unwrap_err()
-                .to_string()
-                .contains("past the end")
-        );
+        assert!(gguf.dequantised("t").unwrap_err().to_string().contains("past the end"));
     }
 }

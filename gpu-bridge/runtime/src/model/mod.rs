@@ -52,10 +52,7 @@ impl std::str::FromStr for ModelPath {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.strip_prefix("synthetic:") {
             None => Ok(Self::Files(text.into())),
-            Some(seed) => seed
-                .parse()
-                .map(Self::Synthetic)
-                .map_err(|_| "write synthetic:SEED".into()),
+            Some(seed) => seed.parse().map(Self::Synthetic).map_err(|_| "write synthetic:SEED".into()),
         }
     }
 }
@@ -93,11 +90,9 @@ impl Model {
     /// When a file is missing, broken or not supported.
     pub fn load(path: &ModelPath, weight_type: WeightType) -> Result<Self, ModelError> {
         match path {
-            ModelPath::Synthetic(seed) => Self::synthetic(
-                Synthetic::new(smollm2_shape(), *seed),
-                smollm2_shape(),
-                weight_type,
-            ),
+            ModelPath::Synthetic(seed) => {
+                Self::synthetic(Synthetic::new(smollm2_shape(), *seed), smollm2_shape(), weight_type)
+            }
             ModelPath::Files(path) if path.is_dir() => Self::load_folder(path, weight_type),
             ModelPath::Files(path) => Self::load_gguf(path, weight_type),
         }
@@ -114,13 +109,7 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let description = source.description();
         let fingerprint = fingerprint(std::iter::once(description.as_bytes()), weight_type);
-        Self::build(
-            config.check()?,
-            &source,
-            TextTokenizer::bytes()?,
-            fingerprint,
-            weight_type,
-        )
+        Self::build(config.check()?, &source, TextTokenizer::bytes()?, fingerprint, weight_type)
     }
 
     fn load_gguf(path: &Path, weight_type: WeightType) -> Result<Self, ModelError> {
@@ -134,16 +123,12 @@ impl Model {
         let path = folder.join("config.json");
         let json =
             std::fs::read(&path).map_err(|error| ModelError::Read(path.display().to_string(), error))?;
-        let name = folder
-            .file_name()
-            .map_or("model".into(), |name| name.to_string_lossy());
+        let name = folder.file_name().map_or("model".into(), |name| name.to_string_lossy());
         let config = config::from_hf(&name, &json)?;
         let checkpoint = safetensors::Checkpoint::open(folder)?;
         let tokenizer = tokenizer::from_folder(folder)?;
-        let fingerprint = fingerprint(
-            std::iter::once(json.as_slice()).chain(checkpoint.shards()),
-            weight_type,
-        );
+        let fingerprint =
+            fingerprint(std::iter::once(json.as_slice()).chain(checkpoint.shards()), weight_type);
         Self::build(config, &checkpoint, tokenizer, fingerprint, weight_type)
     }
 
@@ -156,13 +141,7 @@ impl Model {
     ) -> Result<Self, ModelError> {
         let weights = Weights::load(&config, source, weight_type)?;
         let rope = RopeTable::new(&config.inverse_frequencies(), config.max_positions);
-        Ok(Self {
-            config,
-            weights,
-            rope,
-            tokenizer,
-            fingerprint,
-        })
+        Ok(Self { config, weights, rope, tokenizer, fingerprint })
     }
 }
 

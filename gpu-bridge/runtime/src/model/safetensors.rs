@@ -21,19 +21,13 @@ impl Checkpoint {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(folder).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "safetensors")
-            {
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
                 paths.push(path);
             }
         }
         paths.sort();
         if paths.is_empty() {
-            return Err(ModelError::Invalid(format!(
-                "{} has no *.safetensors file",
-                folder.display()
-            )));
+            return Err(ModelError::Invalid(format!("{} has no *.safetensors file", folder.display())));
         }
         let read = |path: &std::path::PathBuf| {
             std::fs::read(path).map_err(|error| ModelError::Read(path.display().to_string(), error))
@@ -62,27 +56,14 @@ impl TensorSource for Checkpoint {
             let Ok(view) = tensors.tensor(&name) else { continue };
             let data = view.data();
             return match view.dtype() {
-                Dtype::F32 => Ok(data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| f32::from_le_bytes(*b))
-                    .collect()),
-                Dtype::F16 => Ok(data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| f16::from_le_bytes(*b).to_f32())
-                    .collect()),
-                Dtype::BF16 => Ok(data
-                    .as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| bf16::from_le_bytes(*b).to_f32())
-                    .collect()),
-                other => Err(ModelError::Unsupported(format!(
-                    "dtype {other:?} of tensor {name}"
-                ))),
+                Dtype::F32 => Ok(data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()),
+                Dtype::F16 => {
+                    Ok(data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect())
+                }
+                Dtype::BF16 => {
+                    Ok(data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect())
+                }
+                other => Err(ModelError::Unsupported(format!("dtype {other:?} of tensor {name}"))),
             }
             .map(Some);
         }

@@ -50,10 +50,6 @@ impl TensorSource for Synthetic {
         };
         let mut rng = StdRng::seed_from_u64(self.seed ^ (salt << 20));
         let bound = (3.0 / columns as f32).sqrt();
-        Ok(Some(
-            (0..rows * columns)
-                .map(|_| rng.random_range(-bound..bound))
-                .collect(),
-        ))
+        Ok(Some((0..rows * columns).map(|_| rng.random_range(-bound..bound)).collect()))
     }
 }

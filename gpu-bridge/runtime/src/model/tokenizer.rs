@@ -48,11 +48,8 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 impl TextTokenizer {
     /// One token for each byte; for models without a text side.
     pub(crate) fn bytes() -> Result<Self, TokenizerError> {
-        let vocabulary: serde_json::Map<String, serde_json::Value> = byte_alphabet()
-            .into_iter()
-            .enumerate()
-            .map(|(id, c)| (c.to_string(), json!(id)))
-            .collect();
+        let vocabulary: serde_json::Map<String, serde_json::Value> =
+            byte_alphabet().into_iter().enumerate().map(|(id, c)| (c.to_string(), json!(id))).collect();
         let definition = json!({
             "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
             "pre_tokenizer": byte_level(false), "decoder": byte_level(false),
@@ -80,10 +77,7 @@ impl TextTokenizer {
 
     fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.tokenizer.encode_fast(text, false);
-        Ok(encoding
-            .map_err(|error| TokenizerError::Text(error.to_string()))?
-            .get_ids()
-            .to_vec())
+        Ok(encoding.map_err(|error| TokenizerError::Text(error.to_string()))?.get_ids().to_vec())
     }
 
     /// Tokens of a conversation, ready for the assistant's answer.
@@ -93,23 +87,14 @@ impl TextTokenizer {
     pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, TokenizerError> {
         let mut environment = Environment::new();
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function(
-            "raise_exception",
-            |text: String| -> Result<String, minijinja::Error> {
-                Err(minijinja::Error::new(
-                    minijinja::ErrorKind::InvalidOperation,
-                    text,
-                ))
-            },
-        );
+        environment.add_function("raise_exception", |text: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, text))
+        });
         let failed =
             |error: minijinja::Error| TokenizerError::Text(format!("the chat template failed: {error}"));
         let template = self.template.as_deref().unwrap_or(CHATML);
         let turn = |message: &ChatMessage| {
-            let fields = [
-                ("role", message.role.clone()),
-                ("content", message.content.clone()),
-            ];
+            let fields = [("role", message.role.clone()), ("content", message.content.clone())];
             minijinja::Value::from_pairs(fields)
         };
         let messages: Vec<minijinja::Value> = messages.iter().map(turn).collect();
@@ -176,9 +161,7 @@ fn pre_tokenizer(name: &str) -> Result<serde_json::Value, TokenizerError> {
         }
         "llama-bpe" | "llama3" | "llama-v3" => Ok(split(r"\p{N}{1,3}")),
         "qwen2" => Ok(split(r"\p{N}")),
-        other => Err(TokenizerError::Missing(format!(
-            "the GGUF pre-tokenizer {other:?} is not known"
-        ))),
+        other => Err(TokenizerError::Missing(format!("the GGUF pre-tokenizer {other:?} is not known"))),
     }
 }
 
@@ -192,17 +175,11 @@ const TURN_ENDS: [&str; 4] = ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|
 pub(super) fn from_gguf(file: &Gguf) -> Result<TextTokenizer, TokenizerError> {
     if file.text("tokenizer.ggml.model") != Some("gpt2") {
         let model = file.text("tokenizer.ggml.model").unwrap_or("none");
-        return Err(TokenizerError::Missing(format!(
-            "the GGUF tokenizer {model:?} is not byte-level BPE"
-        )));
+        return Err(TokenizerError::Missing(format!("the GGUF tokenizer {model:?} is not byte-level BPE")));
     }
     let missing = |key: &str| TokenizerError::Missing(format!("the GGUF file lacks tokenizer.ggml.{key}"));
-    let tokens = file
-        .list("tokenizer.ggml.tokens")
-        .ok_or_else(|| missing("tokens"))?;
-    let merges = file
-        .list("tokenizer.ggml.merges")
-        .ok_or_else(|| missing("merges"))?;
+    let tokens = file.list("tokenizer.ggml.tokens").ok_or_else(|| missing("tokens"))?;
+    let merges = file.list("tokenizer.ggml.merges").ok_or_else(|| missing("merges"))?;
     let types = file.list("tokenizer.ggml.token_type").unwrap_or_default();
     let text = |value: &Value| match value {
         Value::Text(text) => text.clone(),
@@ -213,16 +190,11 @@ pub(super) fn from_gguf(file: &Gguf) -> Result<TextTokenizer, TokenizerError> {
         let special = *kind == Value::Integer(GGUF_CONTROL);
         let added = special || *kind == Value::Integer(GGUF_USER_DEFINED);
         let content = tokens.get(id).filter(|_| added)?;
-        Some(
-            json!({"id": id, "content": content, "special": special, "single_word": false,
-            "lstrip": false, "rstrip": false, "normalized": false}),
-        )
+        Some(json!({"id": id, "content": content, "special": special, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false}))
     });
-    let vocabulary: serde_json::Map<String, serde_json::Value> = tokens
-        .iter()
-        .enumerate()
-        .map(|(id, token)| (token.clone(), json!(id)))
-        .collect();
+    let vocabulary: serde_json::Map<String, serde_json::Value> =
+        tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     let definition = json!({
         "version": "1.0", "added_tokens": added.collect::<Vec<_>>(), "normalizer": null, "post_processor": null,
         "pre_tokenizer": pre_tokenizer(file.text("tokenizer.ggml.pre").unwrap_or("default"))?,
@@ -236,10 +208,7 @@ pub(super) fn from_gguf(file: &Gguf) -> Result<TextTokenizer, TokenizerError> {
     let (bos, eos) = (named("bos"), named("eos"));
     let wants_bos = file.integer("tokenizer.ggml.add_bos_token") == Some(1);
     let ends = eos.iter().map(|(id, _)| *id);
-    let turn_ends = tokens
-        .iter()
-        .enumerate()
-        .filter(|(_, token)| TURN_ENDS.contains(&token.as_str()));
+    let turn_ends = tokens.iter().enumerate().filter(|(_, token)| TURN_ENDS.contains(&token.as_str()));
     Ok(TextTokenizer {
         tokenizer: from_json(&definition)?,
         template: file.text("tokenizer.chat_template").map(str::to_owned),
@@ -274,10 +243,7 @@ pub(super) fn from_folder(folder: &Path) -> Result<TextTokenizer, TokenizerError
     // A token is written as its text or as an object around it.
     let token = |value: &Option<serde_json::Value>| match value {
         Some(serde_json::Value::String(text)) => Some(text.clone()),
-        Some(other) => other
-            .get("content")
-            .and_then(|text| text.as_str())
-            .map(str::to_owned),
+        Some(other) => other.get("content").and_then(|text| text.as_str()).map(str::to_owned),
         None => None,
     };
     let (bos, eos) = (token(&config.bos_token), token(&config.eos_token));
@@ -290,14 +256,7 @@ pub(super) fn from_folder(folder: &Path) -> Result<TextTokenizer, TokenizerError
     };
     let wants_bos = config.add_bos_token == Some(true);
     let add_bos = bos.as_ref().filter(|_| wants_bos).and_then(|token| id(token));
-    Ok(TextTokenizer {
-        template,
-        add_bos,
-        ends,
-        bos,
-        eos,
-        tokenizer,
-    })
+    Ok(TextTokenizer { template, add_bos, ends, bos, eos, tokenizer })
 }
 
 #[cfg(test)]
@@ -311,15 +270,9 @@ mod tests {
         let ids = tokenizer.encode(text).unwrap();
         assert_eq!(ids.len(), text.len());
         assert_eq!(tokenizer.decode(&ids), text);
-        let chat = [ChatMessage {
-            role: "user".into(),
-            content: "x".into(),
-        }];
+        let chat = [ChatMessage { role: "user".into(), content: "x".into() }];
         let ids = tokenizer.encode_chat(&chat).unwrap();
-        assert_eq!(
-            tokenizer.decode(&ids),
-            "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
-        );
+        assert_eq!(tokenizer.decode(&ids), "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n");
     }
 
     #[test]

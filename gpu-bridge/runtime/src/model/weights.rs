@@ -47,15 +47,9 @@ impl Weights {
         source: &dyn TensorSource,
         format: WeightType,
     ) -> Result<Self, ModelError> {
-        let loader = Loader {
-            config,
-            source,
-            format,
-        };
+        let loader = Loader { config, source, format };
         let hidden = config.hidden;
-        let layers = (0..config.layers)
-            .map(|layer| loader.layer(layer))
-            .collect::<Result<_, _>>()?;
+        let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let output = match config.tied_embeddings {
             true => None,
             false => Some(loader.matrix(&[(TensorId::Output, config.vocabulary)], hidden)?),
@@ -94,16 +88,8 @@ impl Loader<'_> {
         let c = self.config;
         let (queries, keys) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let id = |part| TensorId::Layer(layer, part);
-        let qkv = [
-            (id(Part::Query), queries),
-            (id(Part::Key), keys),
-            (id(Part::Value), keys),
-        ];
-        let biases = [
-            (id(Part::QueryBias), queries),
-            (id(Part::KeyBias), keys),
-            (id(Part::ValueBias), keys),
-        ];
+        let qkv = [(id(Part::Query), queries), (id(Part::Key), keys), (id(Part::Value), keys)];
+        let biases = [(id(Part::QueryBias), queries), (id(Part::KeyBias), keys), (id(Part::ValueBias), keys)];
         Ok(LayerWeights {
             input_norm: self.vector(id(Part::InputNorm), c.hidden)?,
             qkv: self.matrix(&qkv, c.hidden)?,
@@ -114,10 +100,8 @@ impl Loader<'_> {
             },
             attention_output: self.matrix(&[(id(Part::AttentionOutput), c.hidden)], queries)?,
             post_norm: self.vector(id(Part::PostNorm), c.hidden)?,
-            gate_up: self.matrix(
-                &[(id(Part::Gate), c.intermediate), (id(Part::Up), c.intermediate)],
-                c.hidden,
-            )?,
+            gate_up: self
+                .matrix(&[(id(Part::Gate), c.intermediate), (id(Part::Up), c.intermediate)], c.hidden)?,
             down: self.matrix(&[(id(Part::Down), c.hidden)], c.intermediate)?,
         })
     }
@@ -154,9 +138,6 @@ fn sized(id: TensorId, tensor: Vec<f32>, elements: usize) -> Result<Vec<f32>, Mo
     if tensor.len() == elements {
         return Ok(tensor);
     }
-    let text = format!(
-        "tensor {id:?} has {} elements where the config says {elements}",
-        tensor.len()
-    );
+    let text = format!("tensor {id:?} has {} elements where the config says {elements}", tensor.len());
     Err(ModelError::Invalid(text))
 }
