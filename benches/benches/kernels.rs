@@ -5,7 +5,7 @@ use cairn_bench::{Sample, median_seconds, peak_gflops, read_bandwidth};
 use cairn_kernels::{PackedMatrix, WeightType, matmul};
 
 fn main() {
-    let tiny = std::env::args().any(|argument| argument == "--test");
+    let tiny = cairn_bench::tiny();
     let runs = if tiny { 1 } else { 15 };
     println!("threads: {}", rayon::current_num_threads());
     let peak = peak_gflops(runs);

@@ -2,12 +2,19 @@
 
 #![forbid(unsafe_code)]
 
+pub mod wire;
+
 use rayon::prelude::*;
 use std::hint::black_box;
 use std::time::Instant;
 
 /// Keeps a value from being optimised away.
 pub struct Sample(pub f32);
+
+/// Whether this is a test run, which only shows that the bench works: `cargo bench` says so in the arguments.
+pub fn tiny() -> bool {
+    !std::env::args().any(|argument| argument == "--bench")
+}
 
 /// The median time of `runs` calls, after one that is not counted.
 pub fn median_seconds(runs: usize, mut work: impl FnMut()) -> f64 {
@@ -29,7 +36,7 @@ pub fn peak_gflops(runs: usize) -> f64 {
     let weights = vec![0.5; 32 * 256];
     let packed = cairn_kernels::PackedMatrix::pack(&weights, 256, cairn_kernels::WeightType::F32);
     let threads = rayon::current_num_threads();
-    let repeats = 20_000;
+    let repeats = if tiny() { 20 } else { 20_000 };
     let seconds = median_seconds(runs, || {
         (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
             let x = vec![0.25f32; 12 * 256];
@@ -44,7 +51,7 @@ pub fn peak_gflops(runs: usize) -> f64 {
 
 /// Bytes a second that all threads of the pool read from memory together.
 pub fn read_bandwidth(runs: usize) -> f64 {
-    let words = vec![1u64; 32 << 20];
+    let words = vec![1u64; if tiny() { 1 << 20 } else { 32 << 20 }];
     let seconds = median_seconds(runs, || {
         let sum: u64 =
             words.par_chunks(1 << 18).map(|part| part.iter().fold(0u64, |a, b| a.wrapping_add(*b))).sum();

@@ -107,7 +107,7 @@ impl CacheClient {
             Err(_) => Err(MissReason::Deadline),
             Ok(Err(_)) => Err(MissReason::PeerDown),
             Ok(Ok(link)) => match &*link {
-                Link::Up(connection) => Ok(connection.clone()),
+                Link::Up(connection) => Ok(Connection::clone(connection)),
                 _ => Err(MissReason::PeerDown),
             },
         }

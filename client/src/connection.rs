@@ -31,7 +31,7 @@ const RELEASE_BATCH: usize = 256;
 pub(crate) enum Link {
     /// The first attempt, or one after a session ended, has not been decided.
     Connecting,
-    Up(Connection),
+    Up(Box<Connection>),
     /// The last attempt failed, for this reason; the next one comes after a pause.
     Down(String),
 }
@@ -76,7 +76,7 @@ pub(crate) async fn maintain(
         match open(&endpoint, &options).await {
             Ok((connection, events)) => {
                 tracing::debug!(session = connection.session, endpoint = options.endpoint, "session opened");
-                link.send_replace(Link::Up(connection.clone()));
+                link.send_replace(Link::Up(Box::new(connection.clone())));
                 let why = hold(&connection, events, &link, &mut releases).await;
                 tracing::info!(endpoint = options.endpoint, why, "session ended");
                 link.send_replace(Link::Connecting);

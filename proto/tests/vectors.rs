@@ -1,5 +1,7 @@
 //! The golden vectors, made by the independent Python code in `tests/python/cairn_reference.py`.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_proto::*;
 use serde_json::Value;
 

@@ -1,6 +1,8 @@
 //! One server, real sockets: what is published can be looked up, fetched and explained; what goes wrong ends in a clear
 //! error or a counted miss, and nothing leaks.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_client::{CacheClient, Stored};
 use cairn_proto::{Layout, MissReason, Outcome, Tier, limits, pb};
 use cairn_server::{Server, ServerError};

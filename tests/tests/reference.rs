@@ -1,6 +1,8 @@
 //! The runtime against Hugging Face transformers: logits and greedy tokens of tiny seeded models of every supported
 //! kind. The golden file was made by `tests/python/tiny_models.py`.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_runtime::*;
 use cairn_tests::write_checkpoint;
 use serde_json::Value;

@@ -1,6 +1,8 @@
 //! Workers and the cache together, in one process over real sockets: the same tokens with the cache off, cold and warm, in
 //! any batch and chunking, and after every fault; and the same bytes in the cache whoever computed them.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_proto::chain;
 use cairn_runtime::*;
 use cairn_server::Server;

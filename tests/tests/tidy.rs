@@ -1,6 +1,8 @@
 //! The habits that a machine can hold: one direction of dependence, sizes of functions and files, SAFETY notes, words
 //! that do not belong here, and sample configs that parse.
 
+#![allow(clippy::unwrap_used)]
+
 use cargo_metadata::{DependencyKind, MetadataCommand};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,8 @@
 //! The endings that a random history reaches rarely: what is held when a lease, a reservation, a session or a block ends
 //! in the middle of something.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_core::*;
 use cairn_proto::*;
 

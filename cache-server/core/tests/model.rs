@@ -1,6 +1,8 @@
 //! The core against a naive model that keeps everything in plain lists, on long random histories. A failing history
 //! prints its seed; `CAIRN_CORE_SEED` replays it and `CAIRN_CORE_EVENTS` makes histories longer.
 
+#![allow(clippy::unwrap_used)]
+
 use cairn_core::*;
 use cairn_proto::*;
 use rand::{Rng, SeedableRng, rngs::StdRng};

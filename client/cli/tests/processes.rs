@@ -1,6 +1,8 @@
 //! The command as people use it, as real processes: the demo, three terminals, wrong arguments, and servers killed without
 //! warning.
 
+#![allow(clippy::unwrap_used)]
+
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::path::Path;

@@ -150,13 +150,11 @@ impl Job<'_> {
         let job = self;
         // SAFETY: `isa` was detected (tests pass only detected ones), and `panel_rows` stays inside the slices whose
         // lengths `matmul_on` checked.
-        match &self.weights.panels {
-            Panels::F32(panels) => unsafe {
-                dispatch!(self.isa, panel_rows_f32(job: &Job<'_>, panels: &[f32]))
-            },
-            Panels::Bf16(panels) => unsafe {
-                dispatch!(self.isa, panel_rows_bf16(job: &Job<'_>, panels: &[bf16]))
-            },
+        unsafe {
+            match &self.weights.panels {
+                Panels::F32(panels) => dispatch!(self.isa, panel_rows_f32(job: &Job<'_>, panels: &[f32])),
+                Panels::Bf16(panels) => dispatch!(self.isa, panel_rows_bf16(job: &Job<'_>, panels: &[bf16])),
+            }
         }
     }
 }

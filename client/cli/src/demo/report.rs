@@ -1,7 +1,7 @@
 //! What the demo found, as a table or as JSON.
 
 use super::requests::Answer;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde_json::{Value, json};
 
 pub(super) struct Row {
@@ -70,6 +70,8 @@ impl Report {
             "tokens identical",
             "MiB loaded",
         ]);
+        // Lines above, below and under the heading; none between rows.
+        table.remove_style(TableComponent::HorizontalLines);
         for (i, row) in self.rows.iter().enumerate() {
             table.add_row([
                 (i + 1).to_string(),

@@ -31,9 +31,9 @@ pub(super) struct Loop {
     share: Option<Share>,
     /// To be told of finished loads; weak, so that the engine ends when its last user is gone.
     loads: mpsc::WeakSender<Command>,
-    waiting: VecDeque<Box<Sequence>>,
-    loading: BTreeMap<u64, Box<Sequence>>,
-    running: Vec<Box<Sequence>>,
+    waiting: VecDeque<Sequence>,
+    loading: BTreeMap<u64, Sequence>,
+    running: Vec<Sequence>,
     scratch: Scratch,
     next_id: u64,
     /// Set when a sequence had to give its slots up: nobody is admitted until another one ends, or the room would go
@@ -98,7 +98,7 @@ impl Loop {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Submit(sequence) => self.waiting.push_back(sequence),
+            Command::Submit(sequence) => self.waiting.push_back(*sequence),
             Command::Loaded(loaded) => self.loaded(loaded),
         }
     }
@@ -128,7 +128,7 @@ impl Loop {
     }
 
     /// Takes what the pool still has, and asks the cache for more.
-    fn start(&mut self, mut sequence: Box<Sequence>) {
+    fn start(&mut self, mut sequence: Sequence) {
         let block_tokens = self.shape.block_tokens;
         sequence.extend_hashes(&self.hasher, &self.space, block_tokens);
         if !sequence.use_cache {
@@ -242,7 +242,7 @@ impl Loop {
     }
 
     /// What the next pass computes: one token of every answer first, then prompts in order, up to the budget.
-    fn plan(&mut self, running: &mut [Box<Sequence>]) -> Vec<Part> {
+    fn plan(&mut self, running: &mut [Sequence]) -> Vec<Part> {
         let block_tokens = self.shape.block_tokens;
         let mut budget = self.options.chunk_tokens;
         let mut parts = Vec::new();
@@ -278,7 +278,7 @@ impl Loop {
     }
 
     /// Runs the model; logits of the last row of each part that ends, in order.
-    fn compute(&mut self, running: &[Box<Sequence>], parts: &[Part]) -> Vec<f32> {
+    fn compute(&mut self, running: &[Sequence], parts: &[Part]) -> Vec<f32> {
         let mut rows = Vec::new();
         let mut logits_for = Vec::new();
         for part in parts {
@@ -403,7 +403,7 @@ impl Loop {
     }
 
     /// Nothing fits: the youngest sequence gives its slots up and starts again later.
-    fn preempt(&mut self, mut sequence: Box<Sequence>) {
+    fn preempt(&mut self, mut sequence: Sequence) {
         tracing::debug!("the pool is full: a sequence is put back");
         self.blocks.release(&std::mem::take(&mut sequence.slots));
         sequence.computed = 0;
