@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::collections::{BTreeMap, VecDeque};
 
 const SLOTS: usize = 24;
-const DEFAULT_EVENTS: u64 = 60_000;
+const DEFAULT_EVENTS: u64 = 300_000;
 const AUDIT_EVERY: u64 = 7;
 
 fn config(policy: PolicyKind, quota: Option<u64>) -> CoreConfig {

@@ -22,7 +22,7 @@ const VALUE_ROWS: usize = 4;
 const VALUE_VECTORS: usize = 4;
 
 /// Below this many multiply-adds one thread is faster than waking others.
-const PARALLEL_MACS: usize = 1 << 19;
+const PARALLEL_MACS: usize = 1 << 21;
 
 /// Heads of a model.
 #[derive(Clone, Copy, Debug)]

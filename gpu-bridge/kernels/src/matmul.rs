@@ -15,7 +15,7 @@ const PANEL: usize = 2 * LANES;
 const ROW_BLOCK: usize = 96;
 
 /// Below this many multiply-adds one thread is faster than waking others.
-const PARALLEL_MACS: usize = 1 << 20;
+const PARALLEL_MACS: usize = 1 << 22;
 
 /// Number format of packed weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,60 @@
+//! A stored block goes bad in the server's memory: found at its next use, quarantined, explained, and replaceable. Alone in
+//! its file, because it looks for the arena among the descriptors of its process.
+
+#![allow(clippy::unwrap_used)]
+
+use cairn_client::Stored;
+use cairn_proto::{MissReason, Outcome, pb};
+use cairn_tests::*;
+use std::os::unix::fs::FileExt;
+
+/// Flips one bit of the block that starts with these bytes, in whichever memory file of this process holds it.
+fn corrupt_in_memory(block: &[u8]) {
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(target) = std::fs::read_link(&path) else { continue };
+        if !target.to_string_lossy().contains("cairn-host-chunk") {
+            continue;
+        }
+        let content = std::fs::read(&path).unwrap();
+        let Some(at) = content.chunks(4096).position(|page| page.starts_with(&block[..64])) else { continue };
+        let at = at * 4096 + 12_345;
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[content[at] ^ 0x10], at as u64).unwrap();
+        return;
+    }
+    panic!("the block is in no memory file");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_block_that_went_bad_is_never_used_and_leaves() {
+    let (server, client) = server_and_client(config(16)).await;
+    let space = space("t");
+    let chain = hashes(&space, 3, 6);
+    client.publish(&space, None, &blocks(&space, &chain)).await;
+    corrupt_in_memory(&payload(&space, &chain[2]));
+    let run = client.lookup(&space, &chain).await.run.unwrap();
+    let mut targets = vec![vec![0u8; space.block_bytes() as usize]; 6];
+    let outcomes = client.fetch(&run, 0, &mut targets).await;
+    for (i, outcome) in outcomes.iter().enumerate() {
+        assert_eq!(*outcome == Outcome::Corrupt, i == 2, "{outcomes:?}");
+    }
+    eventually("the block is quarantined", || server.counters().quarantined_blocks == 1).await;
+    drop(run);
+    let outcomes = client.lookup(&space, &chain).await.outcomes;
+    assert_eq!(outcomes[2], Outcome::Miss(MissReason::Quarantined));
+    let explained = client.explain(space.id(), &chain[2..4]).await.unwrap();
+    let Some(pb::block_explanation::State::Absent(absent)) = &explained[0].state else {
+        panic!("{explained:?}")
+    };
+    assert_eq!(absent.reason(), pb::MissReason::Quarantined);
+    let Some(pb::block_explanation::State::Resident(child)) = &explained[1].state else {
+        panic!("{explained:?}")
+    };
+    assert!(!child.reachable);
+    let again = client.publish(&space, Some(chain[1]), &blocks(&space, &chain[2..3])).await;
+    assert_eq!(again, vec![Stored::Committed]);
+    assert_eq!(fetch_verified(&client, &space, &chain).await, 6);
+    server.audit().unwrap();
+    server.shutdown().await.unwrap();
+}
