@@ -1,6 +1,6 @@
 //! The runtime's prefill and decode rates beside what the same cores could do: multiply-adds for prefill, reading the
 //! weights once a token for decode. `cargo bench -p cairn-bench --bench runtime -- --model PATH` takes a real model;
-//! `RAYON_NUM_THREADS=1` measures one thread. `benches/llama_cpp.py` gives llama.cpp's rates for the same model.
+//! `RAYON_NUM_THREADS=1` measures one thread. `benches/llama_rates.py` gives llama.cpp's rates for the same model.
 
 use cairn_bench::{peak_gflops, read_bandwidth, tiny};
 use cairn_gpu::Slot;

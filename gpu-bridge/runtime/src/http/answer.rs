@@ -21,6 +21,8 @@ pub(super) struct Answer {
     text: TextStream,
     chat: bool,
     with_ids: bool,
+    /// Whether an event was sent: the first one names the role.
+    begun: bool,
     id: String,
     created: u64,
 }
@@ -45,6 +47,7 @@ impl Answer {
             text: TextStream::new(fields.stops()),
             chat,
             with_ids: fields.return_token_ids,
+            begun: false,
             id: format!("{kind}-{:016x}", rand::random::<u64>()),
             created: unix_seconds(),
         }
@@ -113,14 +116,14 @@ impl Answer {
             }
             let mut answer = answer?;
             let event = match answer.next().await? {
-                Piece::Text(text, ids) => answer.event(Some(&text), None, &ids),
+                Piece::Text(text, ids) => answer.event(&text, None, &ids),
                 Piece::End { finish, rest, summary } => {
                     // In reverse: the last is popped first.
                     queued.push(Event::default().data("[DONE]"));
                     if let Some(summary) = summary.filter(|_| include_usage) {
                         queued.push(answer.usage_event(&summary));
                     }
-                    let event = answer.event(Some(&rest), Some(finish), &[]);
+                    let event = answer.event(&rest, Some(finish), &[]);
                     return Some((Ok(event), (None, queued)));
                 }
             };
@@ -129,10 +132,12 @@ impl Answer {
         Sse::new(events).keep_alive(KeepAlive::default()).into_response()
     }
 
-    fn event(&self, text: Option<&str>, finish: Option<&str>, ids: &[u32]) -> Event {
+    fn event(&mut self, text: &str, finish: Option<&str>, ids: &[u32]) -> Event {
+        let first = !std::mem::replace(&mut self.begun, true);
         let mut choice = if self.chat {
-            json!({"index": 0, "delta": {"role": "assistant", "content": text}, "logprobs": null,
-                "finish_reason": finish})
+            let delta =
+                if first { json!({"role": "assistant", "content": text}) } else { json!({"content": text}) };
+            json!({"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish})
         } else {
             json!({"index": 0, "text": text, "logprobs": null, "finish_reason": finish})
         };

@@ -1,7 +1,7 @@
 """llama.cpp's prefill and decode rates for a GGUF model, its weights converted to BF16 first: the yardstick of the
-`runtime` bench. Needs `pip install gguf llama-cpp-py-sync`.
+`runtime` bench. Needs `pip install gguf llama-cpp-python==0.3.36` (builds llama.cpp: five minutes, and cmake).
 
-    python benches/llama_cpp.py MODEL.gguf THREADS
+    python benches/llama_rates.py MODEL.gguf THREADS
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import time
 
 import gguf
 import numpy as np
-from llama_cpp_py_sync import Llama
+from llama_cpp import Llama
 
 PROMPT_TOKENS, GENERATED, RUNS = 1024, 64, 5
 
@@ -45,28 +45,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = str(pathlib.Path(scratch) / "bf16.gguf")
         to_bf16(source, path)
-        llama = Llama(path, n_ctx=2048, n_batch=512, n_threads=threads, n_threads_batch=threads)
-        words = "one two three four five six seven eight nine ten "
-        text = words * 200
-        tokens = llama.tokenize(text)
-        text = llama.detokenize(tokens[:PROMPT_TOKENS])
-        count = len(llama.tokenize(text))
-
-        def seconds(generated: int) -> float:
-            start = time.perf_counter()
-            llama.generate(text, max_tokens=generated, temperature=0.0, repeat_penalty=1.0)
-            return time.perf_counter() - start
-
-        seconds(1)
+        llama = Llama(path, n_ctx=2048, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        tokens = [position * 7919 % 40_000 for position in range(PROMPT_TOKENS + GENERATED)]
         prefill, decode = [], []
-        for _ in range(RUNS):
-            one = seconds(1)
-            many = seconds(1 + GENERATED)
-            prefill.append(count / one)
-            decode.append(GENERATED / (many - one))
+        for run in range(RUNS + 1):
+            llama.reset()
+            start = time.perf_counter()
+            llama.eval(tokens[:PROMPT_TOKENS])
+            middle = time.perf_counter()
+            for token in tokens[PROMPT_TOKENS:]:
+                llama.eval([token])
+            end = time.perf_counter()
+            if run > 0:  # The first is not counted.
+                prefill.append(PROMPT_TOKENS / (middle - start))
+                decode.append(GENERATED / (end - middle))
         print(f"llama.cpp, bf16 weights, {threads} threads, medians of {RUNS} runs")
-        print(f"prefill of {count} tokens: {statistics.median(prefill):7.0f} tokens/s")
-        print(f"decode at {count} tokens:  {statistics.median(decode):7.1f} tokens/s")
+        print(f"prefill of {PROMPT_TOKENS} tokens: {statistics.median(prefill):7.0f} tokens/s")
+        print(f"decode at {PROMPT_TOKENS} tokens:  {statistics.median(decode):7.1f} tokens/s")
 
 
 if __name__ == "__main__":
