@@ -11,6 +11,7 @@ pub fn run<D: Device>(device: &D) {
     copies_go_round_and_keep_their_order(device);
     events_order_streams(device);
     blocks_go_through_the_pool(device);
+    streams_may_copy_both_ways_at_once(device);
     memory_lives_until_its_copies_end(device);
     mistakes_are_refused_before_anything_is_issued(device);
 }
@@ -105,6 +106,22 @@ fn blocks_go_through_the_pool<D: Device>(device: &D) {
         for (i, from) in order.into_iter().enumerate() {
             assert!(got[i * bytes..][..bytes] == blocks[from * bytes..][..bytes], "{kv_type:?} block {i}");
         }
+    }
+}
+
+fn streams_may_copy_both_ways_at_once<D: Device>(device: &D) {
+    const HALF: usize = 1 << 16;
+    let memory = || Buffer::Device(device.allocate(2 * HALF).expect("device memory"));
+    let (a, b) = (memory(), memory());
+    let streams = [(); 2].map(|()| device.stream(Priority::Foreground).expect("a stream"));
+    for _ in 0..200 {
+        let there = Copy { source: region(&a, 0, HALF), target: region(&b, 0, HALF) };
+        let back = Copy { source: region(&b, HALF, HALF), target: region(&a, HALF, HALF) };
+        streams[0].copy(vec![there]).expect("issued");
+        streams[1].copy(vec![back]).expect("issued");
+    }
+    for stream in &streams {
+        stream.record().expect("recorded").wait().expect("no failure");
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::device::{BlockMove, Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
 use crate::event::Event;
 use cairn_kernels::{PagedShape, gather_block, scatter_block};
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
@@ -128,9 +129,21 @@ impl Device for HostDevice {
         };
         thread::Builder::new()
             .name(name.into())
-            .spawn(move || receiver.into_iter().for_each(|work| work()))
+            .spawn(move || {
+                // Work that panics loses the stream: what was issued after it is dropped, and its events say so.
+                receiver.into_iter().all(|work| std::panic::catch_unwind(AssertUnwindSafe(work)).is_ok())
+            })
             .map_err(|error| DeviceError::Lost(error.to_string()))?;
         Ok(HostStream { sender })
+    }
+}
+
+/// An event on its way through a stream; if the stream is lost first, the event completes with that.
+struct Recorded(Event);
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        self.0.complete(Err(DeviceError::Lost("its stream ended early".into())));
     }
 }
 
@@ -172,13 +185,11 @@ impl Stream for HostStream {
         check_moves(&shape, memory(staging), pool, &moves)?;
         let (staging, pool) = (memory(staging).clone(), pool.clone());
         self.issue(move || {
-            staging.read(|staging| {
-                pool.write(|pool| {
-                    for each in &moves {
-                        let block = &staging[each.staging_offset..][..shape.block_bytes()];
-                        scatter_block(&shape, block, pool, each.slot);
-                    }
-                });
+            with_both(&staging, &pool, |staging, pool| {
+                for each in &moves {
+                    let block = &staging[each.staging_offset..][..shape.block_bytes()];
+                    scatter_block(&shape, block, pool, each.slot);
+                }
             });
         })
     }
@@ -193,21 +204,19 @@ impl Stream for HostStream {
         check_moves(&shape, memory(staging), pool, &moves)?;
         let (staging, pool) = (memory(staging).clone(), pool.clone());
         self.issue(move || {
-            pool.read(|pool| {
-                staging.write(|staging| {
-                    for each in &moves {
-                        let block = &mut staging[each.staging_offset..][..shape.block_bytes()];
-                        gather_block(&shape, pool, each.slot, block);
-                    }
-                });
+            with_both(&pool, &staging, |pool, staging| {
+                for each in &moves {
+                    let block = &mut staging[each.staging_offset..][..shape.block_bytes()];
+                    gather_block(&shape, pool, each.slot, block);
+                }
             });
         })
     }
 
     fn record(&self) -> Result<Event, DeviceError> {
         let event = Event::pending();
-        let recorded = event.clone();
-        self.issue(move || recorded.complete(Ok(())))?;
+        let recorded = Recorded(event.clone());
+        self.issue(move || recorded.0.complete(Ok(())))?;
         Ok(event)
     }
 
@@ -244,14 +253,29 @@ fn check_moves(
     Ok(())
 }
 
+/// Reads one memory and writes another. Locks are taken in address order, so that streams that copy both ways between the
+/// same two cannot block each other.
+fn with_both(source: &HostMemory, target: &HostMemory, work: impl FnOnce(&[u8], &mut [u8])) {
+    let (shared, mut exclusive);
+    if Arc::as_ptr(&source.words) < Arc::as_ptr(&target.words) {
+        shared = source.shared();
+        exclusive = target.exclusive();
+    } else {
+        exclusive = target.exclusive();
+        shared = source.shared();
+    }
+    let source = &bytemuck::cast_slice(&shared)[..source.bytes];
+    work(source, &mut bytemuck::cast_slice_mut(&mut exclusive)[..target.bytes]);
+}
+
 fn copy_region(copy: &Copy<HostDevice>) {
     let (source, target) = (memory(&copy.source.buffer), memory(&copy.target.buffer));
     let (from, to, bytes) = (copy.source.offset, copy.target.offset, copy.source.bytes);
     if Arc::ptr_eq(&source.words, &target.words) {
         source.write(|all| all.copy_within(from..from + bytes, to));
     } else {
-        source.read(|source| {
-            target.write(|target| target[to..to + bytes].copy_from_slice(&source[from..from + bytes]));
+        with_both(source, target, |source, target| {
+            target[to..to + bytes].copy_from_slice(&source[from..from + bytes]);
         });
     }
 }

@@ -395,3 +395,35 @@ async fn metrics_and_health_are_there_and_add_up() {
     assert_eq!(value("cairn_resident_blocks"), 2);
     server.shutdown().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_different_copies_of_a_key_one_wins_whole() {
+    let (server, client) = server_and_client(config(64)).await;
+    let space = space("t");
+    let chain = hashes(&space, 1, 16);
+    // Workers that chunk a prefill differently may compute different bits for one key.
+    let copy = |mark: u8| -> Vec<cairn_client::Block> {
+        let block = |hash: &cairn_proto::BlockHash| {
+            let bytes = vec![mark; space.block_bytes() as usize];
+            let checksum = cairn_proto::Checksum::of(&space.id(), hash, &bytes);
+            cairn_client::Block { hash: *hash, bytes: bytes.into(), checksum }
+        };
+        chain.iter().map(block).collect()
+    };
+    let others: Vec<CacheClient> = (0..4).map(|_| self::client(&server)).collect();
+    let copies: Vec<_> = (1..=4).map(copy).collect();
+    let publishes = others.iter().zip(&copies).map(|(client, copy)| client.publish(&space, None, copy));
+    let stored = futures::future::join_all(publishes).await;
+    let committed = stored.iter().flatten().filter(|s| **s == Stored::Committed).count();
+    assert_eq!(committed, 16, "each key is committed once: {stored:?}");
+    assert!(stored.iter().flatten().all(|s| s.is_stored()), "{stored:?}");
+    let run = client.lookup(&space, &chain).await.run.unwrap();
+    let mut targets = vec![vec![0u8; space.block_bytes() as usize]; 16];
+    assert!(client.fetch(&run, 0, &mut targets).await.iter().all(|outcome| outcome.is_hit()));
+    for target in &targets {
+        assert!(target.iter().all(|byte| *byte == target[0]) && (1..=4).contains(&target[0]));
+    }
+    drop(run);
+    nothing_held(&server).await;
+    server.shutdown().await.unwrap();
+}

@@ -222,6 +222,8 @@ async fn requests_that_cannot_be_served_say_why() {
         (json!({"prompt": []}), "no tokens"),
         (json!({"prompt": [1], "temperature": 9}), "temperature"),
         (json!({"prompt": [1], "n": 3}), "n: only 1"),
+        (json!({"prompt": [1], "logprobs": 2}), "logprobs is not served"),
+        (json!({"prompt": [1], "tools": [{"type": "function"}]}), "tools is not served"),
         (json!({"prompt": [1], "max_tokens": 0}), "max_tokens"),
         (json!({"max_tokens": 3}), "prompt"),
     ];
@@ -286,6 +288,8 @@ async fn the_http_api_streams_stops_chats_and_counts() {
     let (_, answer) = post(&worker, stopped).await;
     let text = answer["choices"][0]["text"].as_str().unwrap();
     assert!(full.starts_with(text) && !text.contains(&stop), "{text:?} of {full:?} stops at {stop:?}");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    assert_eq!(answer["usage"]["prompt_tokens"], 3, "a stopped answer has its usage too");
 
     let sampled = json!({"prompt": "abc", "max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "seed": 7, "ignore_eos": true});
     assert_eq!(post(&worker, sampled.clone()).await.1["choices"], post(&worker, sampled).await.1["choices"]);

@@ -14,7 +14,7 @@ use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId};
 const CLASS_IDLE_MS: u64 = 600_000;
 
 /// Ancestors that one event touches at most, so that a chain of any length costs bounded time.
-const MAX_ANCESTOR_WALK: usize = cairn_proto::limits::MAX_BLOCKS_PER_REQUEST;
+pub(crate) const MAX_ANCESTOR_WALK: usize = cairn_proto::limits::MAX_BLOCKS_PER_REQUEST;
 
 pub(crate) struct Reservation {
     pub(crate) session: SessionId,

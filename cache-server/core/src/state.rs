@@ -6,7 +6,7 @@ use crate::history::History;
 use crate::index::{EntryId, EntryState, Index};
 use crate::lease::Lease;
 use crate::policy::Nodes;
-use crate::reserve::Reservation;
+use crate::reserve::{MAX_ANCESTOR_WALK, Reservation};
 use crate::spaces::Spaces;
 use crate::timers::Timers;
 use crate::{
@@ -205,14 +205,16 @@ impl Core {
         }))
     }
 
+    /// Bounded, because a client that invents its own hashes can publish a chain that bites its tail.
     fn reachable(&self, space: u32, mut id: EntryId) -> bool {
-        while let Some(parent) = &self.index[id].parent {
+        for _ in 0..MAX_ANCESTOR_WALK {
+            let Some(parent) = &self.index[id].parent else { return true };
             match self.index.find(space, parent) {
                 Some(parent) => id = parent,
                 None => return false,
             }
         }
-        true
+        false
     }
 
     pub(crate) fn session(&mut self, id: SessionId) -> Result<&mut Session, Refusal> {

@@ -305,3 +305,21 @@ fn limits_and_unknown_names_are_refused_with_their_reason() {
     );
     assert!(server.core.counters().balanced());
 }
+
+#[test]
+fn a_chain_that_bites_its_tail_costs_bounded_time() {
+    let mut server = Server::new(1, 4);
+    let session = server.session();
+    let space = server.space(session, "t", 1);
+    let blocks = chain(1, 2);
+    server.publish(session, space, &blocks);
+    server.apply(Event::Quarantine { space, hash: blocks[0] });
+    let parent = Some(blocks[1]);
+    let reserve = Event::Reserve { session, space, parent, hashes: &blocks[..1], ttl_ms: 100 };
+    let Reply::Reserved { reservation: Some(id), .. } = server.apply(reserve) else { panic!("granted") };
+    server.fill(session, id);
+    assert_eq!(server.commit(id, 0), CommitOutcome::Committed);
+    server.apply(Event::EndFill(id));
+    let explained = server.apply(Event::Explain { space, hash: blocks[0] });
+    assert!(matches!(explained, Reply::Explained(BlockState::Resident { reachable: false, .. })));
+}

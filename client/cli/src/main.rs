@@ -94,11 +94,15 @@ impl CliError {
     }
 }
 
+/// Longest wait for background work once a command is over.
+const SHUTDOWN_TIMEOUT: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// Runs a command's future to its end.
 fn block_on<T>(future: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(CliError::failed)?
-        .block_on(future)
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::failed)?;
+    let result = runtime.block_on(future);
+    // A blocking read of standard input, or a model still being loaded, must not hold the process up.
+    runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    result
 }

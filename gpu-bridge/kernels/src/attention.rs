@@ -80,7 +80,8 @@ fn attention_on(
     let width = shape.heads * head_dim;
     assert!(head_dim.is_multiple_of(LANES) && block_tokens.is_multiple_of(LANES), "multiples of 16 only");
     assert!(shape.heads.is_multiple_of(kv_heads), "query heads must be a multiple of KV heads");
-    assert_eq!(kv.pool.len(), kv.shape.pool_bytes(), "the pool has another size");
+    assert_eq!(Some(kv.pool.len()), kv.shape.checked_pool_bytes(), "the pool has another size");
+    assert!(kv.pool.as_ptr().cast::<f32>().is_aligned(), "the pool must be aligned to its elements");
     assert!(kv.layer < kv.shape.layers, "no such layer");
     assert!(queries.len() == rows.len() * width && out.len() == queries.len(), "whole rows");
     for row in rows {

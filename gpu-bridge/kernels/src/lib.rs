@@ -1,5 +1,5 @@
 //! The compute and copy kernels of the bundled runtime, for CPUs, and beside each the same function in plain Rust (the
-//! oracle, in [`reference`]).
+//! oracle, in [`mod@reference`]).
 //!
 //! Every kernel here is *batch-invariant*: a row's result is a fixed sequence of roundings that depends on that row
 //! alone, never on how many rows are computed with it, how they are cut into chunks, how many threads take part,

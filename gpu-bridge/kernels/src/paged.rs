@@ -70,6 +70,13 @@ impl PagedShape {
         self.slots * self.block_bytes()
     }
 
+    /// [`Self::pool_bytes`], or `None` if that number is too large to be one. All offsets in a pool are below it.
+    pub fn checked_pool_bytes(&self) -> Option<usize> {
+        [self.layers, self.kv_heads, self.head_dim, self.block_tokens, self.slots, self.kv_type.bytes()]
+            .into_iter()
+            .try_fold(2usize, |product, factor| product.checked_mul(factor))
+    }
+
     /// First element of the keys of `slot` in `layer`; its values follow them.
     pub const fn keys_at(&self, layer: usize, slot: usize) -> usize {
         (layer * self.slots + slot) * 2 * self.plane()

@@ -17,7 +17,8 @@ mod worker;
 pub use cairn_gpu::KvType;
 pub use cairn_kernels::WeightType;
 pub use engine::{
-    Engine, EngineError, EngineOptions, Finish, Request, SubmitError, Summary, Update, Work, pool_shape,
+    Engine, EngineError, EngineOptions, Finish, Request, SubmitError, Summary, Update, Updates, Work,
+    pool_shape,
 };
 pub use forward::{Row, Scratch};
 pub use model::{

@@ -3,7 +3,8 @@
 use crate::engine::{Engine, Request, Update, Work};
 use crate::sampling::Sampling;
 use cairn_proto::{KeySpace, SpaceId, limits, pb};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
@@ -11,11 +12,16 @@ use tonic::{Response, Status};
 const KEEPALIVE: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long a peer that failed is left alone.
+const REST_AFTER_FAILURE: Duration = Duration::from_secs(3);
+
 /// Asks another worker to prefill.
 #[derive(Clone)]
 pub struct PrefillPeer {
     grpc: pb::prefill_client::PrefillClient<Channel>,
     timeout: Duration,
+    /// After a failure the peer is left alone until then.
+    rest_until: Arc<Mutex<Option<Instant>>>,
 }
 
 impl PrefillPeer {
@@ -35,16 +41,37 @@ impl PrefillPeer {
             .connect_lazy();
         let grpc = pb::prefill_client::PrefillClient::new(channel)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-        Ok(Self { grpc, timeout })
+        Ok(Self { grpc, timeout, rest_until: Arc::default() })
     }
 
-    /// Says whether the peer did it.
+    /// Says whether the peer did it. A peer that failed is not asked again for a while: requests must not queue up behind
+    /// one that hangs.
     pub(crate) async fn prefill(&self, space: &KeySpace, tokens: &[u32]) -> bool {
+        if self.resting() {
+            return false;
+        }
+        let helped = self.ask(space, tokens).await;
+        if !helped {
+            *self.rest() = Some(Instant::now() + REST_AFTER_FAILURE);
+        }
+        helped
+    }
+
+    fn resting(&self) -> bool {
+        self.rest().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// The value is replaced whole, so a panic elsewhere cannot have left half of it.
+    fn rest(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.rest_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn ask(&self, space: &KeySpace, tokens: &[u32]) -> bool {
         let request =
             pb::PrefillRequest { space_id: space.id().0.to_vec().into(), token_ids: tokens.to_vec() };
         let mut grpc = self.grpc.clone();
         match tokio::time::timeout(self.timeout, grpc.prefill(request)).await {
-            Ok(Ok(_)) => true,
+            Ok(Ok(answer)) => answer.get_ref().stored_blocks > 0,
             Ok(Err(status)) => {
                 tracing::info!(error = status.message(), "the prefill worker did not help; computing here");
                 false
@@ -81,7 +108,7 @@ impl pb::prefill_server::Prefill for PrefillService {
             sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
             use_cache: true,
         };
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let submitted = self.engine.submit(work).await;
         let mut updates = submitted.map_err(|error| Status::resource_exhausted(error.to_string()))?;
         while let Some(update) = updates.recv().await {

@@ -14,6 +14,9 @@ use tokio::sync::mpsc;
 /// Batches between the engine and the publisher. When it is full the engine stops offering, rather than wait.
 const PUBLISH_QUEUE: usize = 64;
 
+/// Bytes waiting to be published, likewise.
+const PUBLISH_QUEUE_BYTES: usize = 256 << 20;
+
 /// Blocks of one fetch: bounds what one late block can spoil, and the message sizes.
 const FETCH_BLOCKS: usize = 512;
 
@@ -24,6 +27,8 @@ pub struct Share {
     space: KeySpace,
     delegate: Option<Delegate>,
     publishes: mpsc::Sender<PublishBatch>,
+    /// Bytes of the queued batches.
+    queued: Arc<AtomicUsize>,
     runtime: Handle,
 }
 
@@ -44,6 +49,8 @@ pub(crate) struct LoadJob {
     pub(crate) tokens: Vec<u32>,
     /// Blocks that need no loading.
     pub(crate) first: usize,
+    /// Blocks that there is room for.
+    pub(crate) room: usize,
     /// Whether a prefill worker may be asked for what is missing.
     pub(crate) may_delegate: bool,
 }
@@ -73,8 +80,9 @@ impl Share {
     pub fn new(client: CacheClient, space: KeySpace, delegate: Option<Delegate>) -> Self {
         let (publishes, batches) = mpsc::channel(PUBLISH_QUEUE);
         let runtime = Handle::current();
-        runtime.spawn(publish_all(client.clone(), space.clone(), batches));
-        Self { client, space, delegate, publishes, runtime }
+        let queued = Arc::new(AtomicUsize::new(0));
+        runtime.spawn(publish_all(client.clone(), space.clone(), batches, queued.clone()));
+        Self { client, space, delegate, publishes, queued, runtime }
     }
 
     /// The key space of this worker's blocks.
@@ -93,7 +101,17 @@ impl Share {
 
     /// Queues a batch; says whether there was room.
     pub(crate) fn publish(&self, batch: PublishBatch) -> bool {
-        self.publishes.try_send(batch).is_ok()
+        let bytes = batch.bytes();
+        // Only the engine adds, so the sum cannot pass the bound between the check and the addition.
+        if self.queued.load(Ordering::Relaxed) + bytes > PUBLISH_QUEUE_BYTES {
+            return false;
+        }
+        self.queued.fetch_add(bytes, Ordering::Relaxed);
+        let sent = self.publishes.try_send(batch).is_ok();
+        if !sent {
+            self.queued.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        sent
     }
 
     async fn run_load(&self, job: LoadJob) -> Loaded {
@@ -102,7 +120,9 @@ impl Share {
         let mut delegated = false;
         let missing = job.hashes.len() - lookup.resident().max(job.first);
         let missing_tokens = missing * self.space.layout().block_tokens();
+        // Without the cache the other worker's result could not be loaded.
         if job.may_delegate
+            && self.client.is_connected()
             && let Some(delegate) = &self.delegate
             && missing > 0
             && missing_tokens >= delegate.min_tokens
@@ -121,8 +141,9 @@ impl Share {
             delegated,
             elapsed: Duration::ZERO,
         };
-        if let Some(run) = lookup.run.filter(|_| resident > job.first) {
-            (loaded.staging, loaded.blocks) = self.fetch(&run, job.first, resident).await;
+        let end = resident.min(job.first + job.room);
+        if let Some(run) = lookup.run.filter(|_| end > job.first) {
+            (loaded.staging, loaded.blocks) = self.fetch(&run, job.first, end).await;
         }
         loaded.elapsed = started.elapsed();
         loaded
@@ -153,8 +174,20 @@ impl Share {
     }
 }
 
-async fn publish_all(client: CacheClient, space: KeySpace, mut batches: mpsc::Receiver<PublishBatch>) {
+impl PublishBatch {
+    fn bytes(&self) -> usize {
+        self.blocks.iter().map(|block| block.bytes.len()).sum()
+    }
+}
+
+async fn publish_all(
+    client: CacheClient,
+    space: KeySpace,
+    mut batches: mpsc::Receiver<PublishBatch>,
+    queued: Arc<AtomicUsize>,
+) {
     while let Some(batch) = batches.recv().await {
+        queued.fetch_sub(batch.bytes(), Ordering::Relaxed);
         let outcomes = client.publish(&space, batch.parent, &batch.blocks).await;
         let stored = outcomes.iter().filter(|outcome| outcome.is_stored()).count();
         if let Some(first) = outcomes.iter().find(|outcome| !outcome.is_stored()) {

@@ -5,7 +5,7 @@ mod run;
 mod sequence;
 
 pub(crate) use sequence::Sequence;
-pub use sequence::{Finish, Summary, Update};
+pub use sequence::{Finish, Summary, Update, Updates};
 
 use crate::model::Model;
 use crate::sampling::Sampling;
@@ -82,7 +82,7 @@ pub struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SubmitError {
     /// Nothing to compute.
-    #[error("the prompt has no tokens")]
+    #[error("the prompt has no tokens, or the answer may have none")]
     Empty,
     /// Longer than the model or the pool.
     #[error(
@@ -172,13 +172,13 @@ impl Engine {
     ///
     /// # Errors
     /// When the request cannot be served.
-    pub async fn submit(&self, request: Request) -> Result<mpsc::Receiver<Update>, SubmitError> {
+    pub async fn submit(&self, request: Request) -> Result<Updates, SubmitError> {
         let wanted = match request.work {
             Work::Generate { max_tokens, .. } => max_tokens,
             Work::Prefill => 0,
         };
         let tokens = request.tokens.len();
-        if tokens == 0 {
+        if tokens == 0 || matches!(request.work, Work::Generate { max_tokens: 0, .. }) {
             return Err(SubmitError::Empty);
         }
         if tokens.saturating_add(wanted) > self.limit {
@@ -190,8 +190,9 @@ impl Engine {
         }
         let place = self.waiting.clone().try_acquire_owned().map_err(|_| SubmitError::Busy)?;
         // Room for every token and the summary, so that the engine never waits for a reader.
-        let (sender, updates) = mpsc::channel(wanted + 1);
+        let (sender, receiver) = mpsc::channel(wanted + 1);
         let sequence = Box::new(Sequence::new(request, sender, place));
+        let updates = sequence.reader(receiver);
         self.commands.send(Command::Submit(sequence)).await.map_err(|_| SubmitError::Stopped)?;
         Ok(updates)
     }

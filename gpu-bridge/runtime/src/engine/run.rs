@@ -108,7 +108,7 @@ impl Loop {
         let mut kept = Vec::with_capacity(self.running.len());
         for sequence in std::mem::take(&mut self.running) {
             if sequence.cancelled() {
-                self.blocks.release(&sequence.slots);
+                self.let_go(&sequence);
                 self.crowded = false;
             } else {
                 kept.push(sequence);
@@ -120,10 +120,23 @@ impl Loop {
     fn admit(&mut self) {
         self.crowded &= !self.running.is_empty();
         while !self.crowded && self.running.len() + self.loading.len() < self.options.max_sequences {
-            let Some(sequence) = self.waiting.pop_front() else {
+            let Some(next) = self.waiting.front() else { return };
+            // One alone always fits; beside others it waits until the pool can hold all that is known of it.
+            let alone = self.running.is_empty() && self.loading.is_empty();
+            if !alone && next.tokens.len().div_ceil(self.shape.block_tokens) > self.blocks.available() {
                 return;
-            };
-            self.start(sequence);
+            }
+            if let Some(sequence) = self.waiting.pop_front() {
+                self.start(sequence);
+            }
+        }
+    }
+
+    /// Gives the slots of an ended sequence back.
+    fn let_go(&mut self, sequence: &Sequence) {
+        self.blocks.release(&sequence.slots);
+        if !self.options.local_reuse {
+            self.blocks.clear();
         }
     }
 
@@ -147,8 +160,11 @@ impl Loop {
             (Some(share), Some(loads)) if ask => {
                 let id = self.next_id;
                 self.next_id += 1;
+                // Room first: what is fetched has a place, so memory for fetches is bounded by the pool.
+                sequence.slots.extend((local..reusable).map_while(|_| self.blocks.take()));
                 let job = LoadJob {
                     id,
+                    room: sequence.slots.len() - local,
                     hashes: sequence.hashes[..reusable].to_vec(),
                     tokens: sequence.tokens[..reusable * block_tokens].to_vec(),
                     first: local,
@@ -185,9 +201,8 @@ impl Loop {
         staging: HostPinned,
         count: usize,
     ) -> Result<(), DeviceError> {
-        let first = sequence.slots.len();
-        let mut slots = Vec::new();
-        slots.extend((0..count).map_while(|_| self.blocks.take()));
+        let first = sequence.named;
+        let slots = &sequence.slots[first..first + count];
         let bytes = self.shape.block_bytes();
         let place = |(i, slot): (usize, &cairn_gpu::Slot)| BlockMove {
             staging_offset: i * bytes,
@@ -195,21 +210,16 @@ impl Loop {
         };
         let moves = slots.iter().enumerate().map(place).collect();
         let staging = Buffer::Pinned(HostDevice.share(staging));
-        let done = self.stream.scatter(self.shape, &staging, &self.memory, moves);
-        let done = done.and_then(|()| self.stream.record()?.wait());
-        if let Err(error) = done {
-            self.blocks.release(&slots);
-            return Err(error);
-        }
+        self.stream.scatter(self.shape, &staging, &self.memory, moves)?;
+        self.stream.record()?.wait()?;
         for (slot, hash) in slots.iter().zip(&sequence.hashes[first..]) {
             self.blocks.name(*slot, *hash);
         }
-        let tokens = slots.len() * self.shape.block_tokens;
-        sequence.summary.loaded_tokens += tokens;
-        sequence.summary.loaded_bytes += (slots.len() * bytes) as u64;
-        sequence.computed += tokens;
-        sequence.slots.extend(slots);
-        sequence.named = sequence.slots.len();
+        sequence.computed += count * self.shape.block_tokens;
+        sequence.named += count;
+        sequence.summary.loaded_tokens =
+            sequence.computed.min(sequence.prompt) - sequence.summary.local_tokens;
+        sequence.summary.loaded_bytes += (count * bytes) as u64;
         Ok(())
     }
 
@@ -352,6 +362,10 @@ impl Loop {
         if summary.generated_tokens == 0 {
             summary.first_token_ms = sequence.submitted.elapsed().as_secs_f64() * 1e3;
         }
+        if sequence.stop.load(Ordering::Relaxed) {
+            sequence.ended = Some(Finish::Stop);
+            return;
+        }
         let token = sequence.sampler.choose(logits);
         sequence.ended = if !ignore_end && self.model.tokenizer.is_end(token) {
             Some(Finish::Stop)
@@ -375,10 +389,7 @@ impl Loop {
         let Some(finish) = sequence.ended else {
             return false;
         };
-        self.blocks.release(&sequence.slots);
-        if !self.options.local_reuse {
-            self.blocks.clear();
-        }
+        self.let_go(sequence);
         let full = sequence.prompt / block_tokens;
         sequence.summary.finish = finish;
         sequence.summary.computed_blocks =
@@ -405,9 +416,12 @@ impl Loop {
     /// Nothing fits: the youngest sequence gives its slots up and starts again later.
     fn preempt(&mut self, mut sequence: Sequence) {
         tracing::debug!("the pool is full: a sequence is put back");
-        self.blocks.release(&std::mem::take(&mut sequence.slots));
+        self.let_go(&sequence);
+        sequence.slots.clear();
         sequence.computed = 0;
         sequence.named = 0;
+        sequence.summary.local_tokens = 0;
+        sequence.summary.loaded_tokens = 0;
         self.crowded = true;
         self.waiting.push_front(sequence);
     }

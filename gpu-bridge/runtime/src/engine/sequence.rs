@@ -5,7 +5,7 @@ use crate::sampling::Sampler;
 use cairn_gpu::Slot;
 use cairn_proto::{BlockHash, BlockHasher, Parent, SpaceId};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -62,6 +62,24 @@ impl Summary {
     }
 }
 
+/// The receiving end of a request; dropping it cancels the request.
+pub struct Updates {
+    updates: mpsc::Receiver<Update>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Updates {
+    /// The next news; `None` after the last, or when the engine ended.
+    pub async fn recv(&mut self) -> Option<Update> {
+        self.updates.recv().await
+    }
+
+    /// Asks for no more tokens. Those on their way still come, then the summary.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 pub(crate) struct Sequence {
     /// Prompt and answer so far.
     pub(crate) tokens: Vec<u32>,
@@ -83,6 +101,8 @@ pub(crate) struct Sequence {
     pub(crate) stored: Arc<AtomicUsize>,
     pub(crate) updates: mpsc::Sender<Update>,
     pub(crate) summary: Summary,
+    /// The reader wants no more tokens, only the summary.
+    pub(crate) stop: Arc<AtomicBool>,
     /// Set with the last token.
     pub(crate) ended: Option<Finish>,
     pub(crate) submitted: Instant,
@@ -107,10 +127,16 @@ impl Sequence {
             stored: Arc::default(),
             updates,
             summary: Summary { prompt_tokens: prompt, ..Summary::default() },
+            stop: Arc::default(),
             ended: None,
             submitted: Instant::now(),
             _place: place,
         }
+    }
+
+    /// The reader's end, with the receiver of this sequence's updates.
+    pub(crate) fn reader(&self, updates: mpsc::Receiver<Update>) -> Updates {
+        Updates { updates, stop: self.stop.clone() }
     }
 
     /// Blocks of the tokens so far that may come from elsewhere. To generate, the last token must be computed here.

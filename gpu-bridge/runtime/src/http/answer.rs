@@ -3,7 +3,7 @@
 use super::api::CommonFields;
 use super::text::TextStream;
 use super::{Failure, Service};
-use crate::engine::{Finish, Summary, Update};
+use crate::engine::{Finish, Summary, Update, Updates};
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -13,11 +13,10 @@ use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
 
 pub(super) struct Answer {
     service: Arc<Service>,
-    updates: mpsc::Receiver<Update>,
+    updates: Updates,
     text: TextStream,
     chat: bool,
     with_ids: bool,
@@ -30,16 +29,11 @@ pub(super) struct Answer {
 /// What a part of an answer says.
 enum Piece {
     Text(String, Vec<u32>),
-    End { finish: &'static str, rest: String, summary: Option<Summary> },
+    End { finish: &'static str, rest: String, summary: Summary },
 }
 
 impl Answer {
-    pub(super) fn new(
-        service: Arc<Service>,
-        updates: mpsc::Receiver<Update>,
-        fields: &CommonFields,
-        chat: bool,
-    ) -> Self {
+    pub(super) fn new(service: Arc<Service>, updates: Updates, fields: &CommonFields, chat: bool) -> Self {
         let kind = if chat { "chatcmpl" } else { "cmpl" };
         Self {
             service,
@@ -57,12 +51,12 @@ impl Answer {
     async fn next(&mut self) -> Option<Piece> {
         let tokenizer = &self.service.engine.model().tokenizer;
         match self.updates.recv().await? {
+            // Tokens after a stop text were on their way already; nobody is to see them.
+            Update::Token(_) if self.text.stopped() => Some(Piece::Text(String::new(), Vec::new())),
             Update::Token(id) => {
                 let text = self.text.push(tokenizer, id);
                 if self.text.stopped() {
-                    // Dropping the receiver cancels the request.
-                    self.updates.close();
-                    return Some(Piece::End { finish: "stop", rest: text, summary: None });
+                    self.updates.stop();
                 }
                 Some(Piece::Text(text, vec![id]))
             }
@@ -70,7 +64,7 @@ impl Answer {
                 let rest = self.text.finish(tokenizer);
                 let length = summary.finish == Finish::Length && !self.text.stopped();
                 let finish = if length { "length" } else { "stop" };
-                Some(Piece::End { finish, rest, summary: Some(summary) })
+                Some(Piece::End { finish, rest, summary })
             }
         }
     }
@@ -99,9 +93,7 @@ impl Answer {
                     }
                     let object = if self.chat { "chat.completion" } else { "text_completion" };
                     let mut body = self.envelope(object, vec![choice]);
-                    if let Some(summary) = summary {
-                        add_usage(&mut body, &summary);
-                    }
+                    add_usage(&mut body, &summary);
                     return Ok(Json(body).into_response());
                 }
             }
@@ -120,7 +112,7 @@ impl Answer {
                 Piece::End { finish, rest, summary } => {
                     // In reverse: the last is popped first.
                     queued.push(Event::default().data("[DONE]"));
-                    if let Some(summary) = summary.filter(|_| include_usage) {
+                    if include_usage {
                         queued.push(answer.usage_event(&summary));
                     }
                     let event = answer.event(&rest, Some(finish), &[]);

@@ -3,6 +3,7 @@
 
 use crate::model::ChatMessage;
 use serde::Deserialize;
+use serde_json::Value;
 
 #[derive(Deserialize)]
 pub(super) struct CompletionRequest {
@@ -32,12 +33,25 @@ pub(super) struct CommonFields {
     pub(super) temperature: Option<f32>,
     pub(super) top_p: Option<f32>,
     pub(super) seed: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "nullable")]
     pub(super) stream: bool,
     stream_options: Option<StreamOptions>,
     #[serde(default)]
     stop: Stop,
     n: Option<u32>,
+    best_of: Option<Value>,
+    echo: Option<Value>,
+    frequency_penalty: Option<Value>,
+    functions: Option<Value>,
+    logit_bias: Option<Value>,
+    logprobs: Option<Value>,
+    min_p: Option<Value>,
+    presence_penalty: Option<Value>,
+    response_format: Option<Value>,
+    suffix: Option<Value>,
+    tools: Option<Value>,
+    top_k: Option<Value>,
+    top_logprobs: Option<Value>,
     /// Go on past end tokens (as in vLLM): for measurements.
     #[serde(default)]
     pub(super) ignore_eos: bool,
@@ -51,6 +65,23 @@ pub(super) struct CommonFields {
 
 fn yes() -> bool {
     true
+}
+
+/// `null` is absent.
+fn nullable<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    Option::<bool>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// Whether a value asks for nothing: absent, null, false, zero, empty, or the plain text format.
+fn neutral(value: &Option<Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => true,
+        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+        Some(Value::String(text)) => text.is_empty(),
+        Some(Value::Array(values)) => values.is_empty(),
+        Some(Value::Object(fields)) => fields.is_empty() || fields.get("type").is_some_and(|t| t == "text"),
+        Some(Value::Bool(true)) => false,
+    }
 }
 
 #[derive(Deserialize)]
@@ -72,6 +103,26 @@ impl CommonFields {
     /// # Errors
     /// Says which value is out of range.
     pub(super) fn check(&self) -> Result<(), String> {
+        let unserved = [
+            ("echo", &self.echo),
+            ("frequency_penalty", &self.frequency_penalty),
+            ("functions", &self.functions),
+            ("logit_bias", &self.logit_bias),
+            ("logprobs", &self.logprobs),
+            ("min_p", &self.min_p),
+            ("presence_penalty", &self.presence_penalty),
+            ("response_format", &self.response_format),
+            ("suffix", &self.suffix),
+            ("tools", &self.tools),
+            ("top_k", &self.top_k),
+            ("top_logprobs", &self.top_logprobs),
+        ];
+        if let Some((name, _)) = unserved.iter().find(|(_, value)| !neutral(value)) {
+            return Err(format!("{name} is not served by this worker"));
+        }
+        if self.best_of.as_ref().is_some_and(|best_of| !best_of.is_null() && *best_of != 1) {
+            return Err("best_of: only 1 is served".into());
+        }
         if self.n.is_some_and(|n| n != 1) {
             return Err("n: only 1 is served".into());
         }

@@ -102,7 +102,8 @@ async fn chat(
     }
     let messages: Vec<ChatMessage> = request.messages;
     let tokens = service.engine.model().tokenizer.encode_chat(&messages)?;
-    let room = service.engine.limit().saturating_sub(tokens.len());
+    // A prompt that leaves no room is refused by the engine, which says so.
+    let room = service.engine.limit().saturating_sub(tokens.len()).max(1);
     let max_tokens = request.max_completion_tokens.or(request.common.max_tokens).unwrap_or(room);
     answer(service, tokens, max_tokens, request.common, true).await
 }

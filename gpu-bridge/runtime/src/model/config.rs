@@ -83,7 +83,7 @@ impl ModelConfig {
 
     /// # Errors
     /// When the numbers contradict each other, or need what this runtime lacks.
-    pub(crate) fn check(self) -> Result<Self, ModelError> {
+    pub(crate) fn check(mut self) -> Result<Self, ModelError> {
         let positive = [
             ("layers", self.layers),
             ("hidden size", self.hidden),
@@ -97,6 +97,7 @@ impl ModelConfig {
         if let Some((name, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(ModelError::Invalid(format!("the model's {name} is 0 or missing")));
         }
+        self.max_positions = self.max_positions.min(MAX_POSITIONS);
         if !self.heads.is_multiple_of(self.kv_heads) {
             let text = format!("{} query heads are not a multiple of {} KV heads", self.heads, self.kv_heads);
             return Err(ModelError::Invalid(text));
@@ -115,6 +116,9 @@ impl ModelConfig {
         Ok(self)
     }
 }
+
+/// Longest context that is served, whatever a model claims: its rotary table takes half a kilobyte a position.
+const MAX_POSITIONS: usize = 1 << 18;
 
 #[derive(Deserialize)]
 struct HfConfig {
@@ -135,6 +139,12 @@ struct HfConfig {
     tie_word_embeddings: bool,
     #[serde(default)]
     use_sliding_window: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    hidden_act: Option<String>,
+    partial_rotary_factor: Option<f64>,
 }
 
 #[derive(Clone, Deserialize)]
@@ -165,8 +175,16 @@ pub fn from_hf(name: &str, json: &[u8]) -> Result<ModelConfig, ModelError> {
         let text = format!("model_type {:?}: known are {}", hf.model_type, HF_TYPES.join(", "));
         return Err(ModelError::Unsupported(text));
     }
-    if hf.use_sliding_window {
-        return Err(ModelError::Unsupported("use_sliding_window".into()));
+    // What would load and then compute something else.
+    let unsupported = [
+        ("use_sliding_window", hf.use_sliding_window),
+        ("attention_bias", hf.attention_bias && hf.model_type != "qwen2"),
+        ("mlp_bias", hf.mlp_bias),
+        ("hidden_act other than silu", hf.hidden_act.as_ref().is_some_and(|act| act != "silu")),
+        ("partial_rotary_factor", hf.partial_rotary_factor.is_some_and(|factor| factor != 1.0)),
+    ];
+    if let Some((name, _)) = unsupported.iter().find(|(_, found)| *found) {
+        return Err(ModelError::Unsupported((*name).into()));
     }
     let rope = hf.rope_parameters.or(hf.rope_scaling);
     let theta = hf.rope_theta.or(rope.as_ref().and_then(|rope| rope.rope_theta));

@@ -142,6 +142,11 @@ impl Gguf {
                 return Err(ModelError::Invalid("the GGUF file has no token_embd.weight".into()));
             }
         };
+        let rotated = number("rope.dimension_count").unwrap_or(head_dim);
+        if rotated != head_dim {
+            let text = format!("rotary positions on {rotated} of a head's {head_dim} elements");
+            return Err(ModelError::Unsupported(text));
+        }
         let epsilon = self.float(&format!("{architecture}.attention.layer_norm_rms_epsilon"));
         let theta = self.float(&format!("{architecture}.rope.freq_base"));
         ModelConfig {
@@ -209,19 +214,23 @@ impl TensorSource for Gguf {
         }
         let values = self.dequantised(&name)?;
         // The llama converter interleaves the halves of each head's rows; undo that, so that halves are paired.
-        let heads = match id {
-            TensorId::Layer(_, Part::Query | Part::QueryBias) => "attention.head_count",
-            TensorId::Layer(_, Part::Key | Part::KeyBias) => "attention.head_count_kv",
-            _ => return Ok(Some(values)),
-        };
         if self.architecture()? != "llama" {
             return Ok(Some(values));
         }
-        let heads = self.integer(&format!("llama.{heads}")).unwrap_or(1) as usize;
+        let config = self.config()?;
+        let heads = match id {
+            TensorId::Layer(_, Part::Query | Part::QueryBias) => config.heads,
+            TensorId::Layer(_, Part::Key | Part::KeyBias) => config.kv_heads,
+            _ => return Ok(Some(values)),
+        };
         let width = match self.tensors[&name].dimensions.as_slice() {
             [width, _] => *width as usize,
             _ => 1,
         };
+        let row = heads * config.head_dim * width;
+        if row == 0 || values.len() != row {
+            return Err(ModelError::Invalid(format!("tensor {name} does not have {heads} heads")));
+        }
         Ok(Some(halves_from_pairs(&values, heads, width)))
     }
 }

@@ -2,6 +2,7 @@
 //! from a `tokenizer.json` or put together from GGUF metadata.
 
 use super::gguf::{Gguf, Value};
+use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -40,6 +41,8 @@ pub struct TextTokenizer {
     eos: Option<String>,
     ends: Vec<u32>,
     add_bos: Option<u32>,
+    /// Plain texts get whatever the tokenizer's own post-processor adds.
+    post_process: bool,
 }
 
 /// Used when a model brings no chat template: ChatML, the most common form.
@@ -62,6 +65,7 @@ impl TextTokenizer {
             eos: None,
             ends: Vec::new(),
             add_bos: None,
+            post_process: false,
         })
     }
 
@@ -71,12 +75,12 @@ impl TextTokenizer {
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let mut ids: Vec<u32> = self.add_bos.into_iter().collect();
-        ids.extend(self.encode_plain(text)?);
+        ids.extend(self.encode_as(text, self.post_process)?);
         Ok(ids)
     }
 
-    fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.tokenizer.encode_fast(text, false);
+    fn encode_as(&self, text: &str, post_process: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.tokenizer.encode_fast(text, post_process);
         Ok(encoding.map_err(|error| TokenizerError::Text(error.to_string()))?.get_ids().to_vec())
     }
 
@@ -85,13 +89,16 @@ impl TextTokenizer {
     /// # Errors
     /// When the template cannot be filled.
     pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, TokenizerError> {
+        let failed =
+            |error: minijinja::Error| TokenizerError::Text(format!("the chat template failed: {error}"));
         let mut environment = Environment::new();
+        // As transformers renders templates.
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(failed)?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |text: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, text))
         });
-        let failed =
-            |error: minijinja::Error| TokenizerError::Text(format!("the chat template failed: {error}"));
         let template = self.template.as_deref().unwrap_or(CHATML);
         let turn = |message: &ChatMessage| {
             let fields = [("role", message.role.clone()), ("content", message.content.clone())];
@@ -103,7 +110,7 @@ impl TextTokenizer {
         };
         let text = environment.render_str(template, values).map_err(failed)?;
         // Templates write the start token themselves where they want one.
-        self.encode_plain(&text)
+        self.encode_as(&text, false)
     }
 
     /// Text of tokens, special ones left out.
@@ -193,20 +200,23 @@ pub(super) fn from_gguf(file: &Gguf) -> Result<TextTokenizer, TokenizerError> {
         Some(json!({"id": id, "content": content, "special": special, "single_word": false,
             "lstrip": false, "rstrip": false, "normalized": false}))
     });
+    // Llama 3 takes whole words of the vocabulary as they are, and wants its start token, whether the file says so or not.
+    let llama3 = matches!(file.text("tokenizer.ggml.pre"), Some("llama-bpe" | "llama3" | "llama-v3"));
     let vocabulary: serde_json::Map<String, serde_json::Value> =
         tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
     let definition = json!({
         "version": "1.0", "added_tokens": added.collect::<Vec<_>>(), "normalizer": null, "post_processor": null,
         "pre_tokenizer": pre_tokenizer(file.text("tokenizer.ggml.pre").unwrap_or("default"))?,
         "decoder": byte_level(false),
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges.iter().map(text).collect::<Vec<_>>()},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges.iter().map(text).collect::<Vec<_>>(),
+            "ignore_merges": llama3},
     });
     let named = |key: &str| {
         let id = u32::try_from(file.integer(&format!("tokenizer.ggml.{key}_token_id"))?).ok()?;
         Some((id, tokens.get(id as usize)?.clone()))
     };
     let (bos, eos) = (named("bos"), named("eos"));
-    let wants_bos = file.integer("tokenizer.ggml.add_bos_token") == Some(1);
+    let wants_bos = file.integer("tokenizer.ggml.add_bos_token").map_or(llama3, |value| value == 1);
     let ends = eos.iter().map(|(id, _)| *id);
     let turn_ends = tokens.iter().enumerate().filter(|(_, token)| TURN_ENDS.contains(&token.as_str()));
     Ok(TextTokenizer {
@@ -216,6 +226,7 @@ pub(super) fn from_gguf(file: &Gguf) -> Result<TextTokenizer, TokenizerError> {
         ends: ends.chain(turn_ends.map(|(id, _)| id as u32)).collect(),
         bos: bos.map(|(_, token)| token),
         eos: eos.map(|(_, token)| token),
+        post_process: false,
     })
 }
 
@@ -255,8 +266,9 @@ pub(super) fn from_folder(folder: &Path) -> Result<TextTokenizer, TokenizerError
         _ => std::fs::read_to_string(folder.join("chat_template.jinja")).ok(),
     };
     let wants_bos = config.add_bos_token == Some(true);
+    let post_process = config.add_bos_token.is_none();
     let add_bos = bos.as_ref().filter(|_| wants_bos).and_then(|token| id(token));
-    Ok(TextTokenizer { template, add_bos, ends, bos, eos, tokenizer })
+    Ok(TextTokenizer { template, add_bos, ends, bos, eos, tokenizer, post_process })
 }
 
 #[cfg(test)]
