@@ -109,7 +109,7 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_sessions: 1024,
-            max_leases_per_session: 4096,
+            max_leases_per_session: 256,
             max_reservations_per_session: 256,
             max_spaces: 1024,
             fetch_timeout_ms: 30_000,

@@ -9,7 +9,7 @@ use cairn_core::{
 };
 use cairn_proto::{BlockHash, Checksum, SpaceId};
 use std::hash::{BuildHasher, RandomState};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use thiserror::Error;
 
@@ -149,11 +149,13 @@ impl Engine {
         Ok(space.block_bytes())
     }
 
-    /// A panic inside the core would be a defect in it, and its state could be anything; serving on would risk wrong
-    /// bytes, so the panic spreads to every later caller.
-    #[allow(clippy::panic)]
+    /// A panic inside the core is a defect in it, and its state could be anything: serving on would risk wrong bytes. The
+    /// process ends at once, so that whoever watches it starts a new one.
     fn core(&self) -> MutexGuard<'_, Core> {
-        self.core.lock().unwrap_or_else(|_: PoisonError<_>| panic!("the core panicked before"))
+        self.core.lock().unwrap_or_else(|_| {
+            tracing::error!("the core panicked: this is a defect in Cairn; ending");
+            std::process::abort()
+        })
     }
 }
 

@@ -56,6 +56,9 @@ pub enum ServerError {
     /// The gRPC server failed while running.
     #[error("the gRPC server failed: {0}")]
     Grpc(#[from] tonic::transport::Error),
+    /// A task of the server panicked.
+    #[error("a task of the server panicked: {0}")]
+    Panicked(#[from] tokio::task::JoinError),
 }
 
 /// A server that is bound to its addresses and serving.
@@ -138,10 +141,7 @@ impl Server {
     /// # Errors
     /// Why it failed.
     pub async fn failed(&mut self) -> Result<(), ServerError> {
-        match (&mut self.grpc).await {
-            Ok(result) => Ok(result?),
-            Err(_) => Ok(()),
-        }
+        Ok((&mut self.grpc).await??)
     }
 
     /// Stops accepting work, waits for transfers in progress (at most the configured grace), and ends.
@@ -154,10 +154,11 @@ impl Server {
         self.context.transfers.close();
         let ended = tokio::time::timeout(self.grace, &mut self.grpc).await;
         self.grpc.abort();
-        self.background.wait().await;
+        if tokio::time::timeout(self.grace, self.background.wait()).await.is_err() {
+            tracing::warn!("a connection to the metrics port stayed open");
+        }
         match ended {
-            Ok(Ok(result)) => Ok(result?),
-            Ok(Err(_)) => Ok(()),
+            Ok(result) => Ok(result??),
             Err(_) => {
                 tracing::warn!(
                     grace_ms = self.grace.as_millis() as u64,

@@ -2,11 +2,17 @@
 
 use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
+use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{MissReason, Outcome, Tier, pb};
 use cairn_transfer::Incoming;
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Status;
+
+/// The server reads the block once to check it.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl CacheClient {
     /// Reads blocks `first..first + targets.len()` of the run, each into its target, which must have exactly the size of
@@ -63,7 +69,7 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
             let Some(chunk) = chunk else { return Ok(()) };
             for piece in &chunk.pieces {
                 if let Some(corrupt) = self.accept(piece, &mut open)? {
-                    report(connection, self.run.lease.id(), corrupt);
+                    report(connection, self.run.lease.clone(), corrupt);
                 }
             }
         }
@@ -97,11 +103,13 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
 }
 
 /// Tells the server in the background: the caller has its outcome already.
-fn report(connection: &Connection, lease_id: u64, block: u32) {
+fn report(connection: &Connection, lease: Arc<Lease>, block: u32) {
     let mut grpc = connection.grpc.clone();
-    let request = pb::ReportCorruptRequest { session_id: connection.session, lease_id, block };
+    let request = pb::ReportCorruptRequest { session_id: connection.session, lease_id: lease.id(), block };
     tokio::spawn(async move {
-        if let Err(status) = grpc.report_corrupt(request).await {
+        let answer = until(Instant::now() + REPORT_TIMEOUT, grpc.report_corrupt(request)).await;
+        drop(lease);
+        if let Err(status) = answer {
             tracing::debug!(error = status.message(), "a corrupt block could not be reported");
         }
     });

@@ -3,6 +3,7 @@
 use crate::client::{CacheClient, reason, until};
 use crate::lease::Lease;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, limits, pb, wire};
+use std::sync::Arc;
 use std::time::Duration;
 use tonic::Status;
 
@@ -29,7 +30,8 @@ impl Lookup {
 /// Leased blocks from the start of a chain. Dropping it releases the lease.
 #[derive(Debug)]
 pub struct Run {
-    pub(crate) lease: Lease,
+    /// Shared with reports of corrupt blocks, which must arrive before the release.
+    pub(crate) lease: Arc<Lease>,
     pub(crate) space: KeySpace,
     pub(crate) hashes: Vec<BlockHash>,
     pub(crate) checksums: Vec<Checksum>,
@@ -101,6 +103,7 @@ fn parse(
     if hits == 0 {
         return Err(Status::internal("a lease on nothing"));
     }
+    let lease = Arc::new(lease);
     let run = Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums };
     Ok(Lookup { outcomes, run: Some(run) })
 }

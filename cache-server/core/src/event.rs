@@ -135,12 +135,12 @@ pub enum Event<'a> {
     },
     /// An administrator removes all blocks of a space.
     Flush(SpaceId),
-    /// Somebody asks where a block is.
+    /// Somebody asks where blocks are.
     Explain {
         /// Where.
         space: SpaceId,
-        /// Which.
-        hash: BlockHash,
+        /// Which, best in chain order: what is known of one block then serves for the next.
+        hashes: &'a [BlockHash],
     },
     /// Time went by.
     Tick,
@@ -207,7 +207,7 @@ pub enum Reply {
     /// To [`Event::Flush`]: how many blocks left the index.
     Flushed(u64),
     /// To [`Event::Explain`].
-    Explained(BlockState),
+    Explained(Vec<BlockState>),
     /// The event was not applied.
     Refused(Refusal),
 }

@@ -31,14 +31,18 @@ impl Core {
         let held = self.session(session)?.leases.len();
         let space = self.spaces.find(&space)?;
         let mut run: Vec<EntryId> = Vec::with_capacity(hashes.len());
-        run.extend(hashes.iter().map_while(|hash| self.index.find(space, hash)));
+        self.walk(space, hashes, &mut run);
         self.spaces.class_of(space).used = now;
         let busy = held >= self.config.max_leases_per_session;
         let mut outcomes = Vec::with_capacity(hashes.len());
         outcomes.resize(run.len(), if busy { Outcome::Busy } else { Outcome::Hit(Tier::Host) });
         if let Some(hole) = hashes.get(run.len()) {
-            let known = self.history.find(space, hole);
-            outcomes.push(Outcome::Miss(known.map_or(MissReason::NeverStored, |(reason, _)| reason)));
+            let reason = match self.index.find(space, hole) {
+                // It is there, but not after these blocks.
+                Some(_) => MissReason::ParentMissing,
+                None => self.history.find(space, hole).map_or(MissReason::NeverStored, |(reason, _)| reason),
+            };
+            outcomes.push(Outcome::Miss(reason));
             outcomes.resize(hashes.len(), Outcome::Miss(MissReason::ParentMissing));
         }
         self.counters.lookup(&outcomes);
@@ -52,6 +56,20 @@ impl Core {
         self.leases.insert(lease, Lease { session, space, deadline, run, reads: 0, ended: false });
         self.session(session)?.leases.insert(lease);
         Ok(Reply::Found { lease: Some(lease), outcomes, checksums })
+    }
+
+    /// The longest run from the start of a prompt in which every block is resident and follows the one before it. So no
+    /// block can be in a run twice.
+    fn walk(&self, space: u32, hashes: &[BlockHash], run: &mut Vec<EntryId>) {
+        let mut before = None;
+        for hash in hashes {
+            let Some(id) = self.index.find(space, hash) else { return };
+            if self.index[id].parent != before {
+                return;
+            }
+            run.push(id);
+            before = Some(*hash);
+        }
     }
 
     /// Tail first, so that the head of the chain ends most recent.

@@ -70,7 +70,8 @@ impl Core {
             },
         };
         self.touch_ancestors(now, space, parent);
-        let (blocks, grants) = self.grant(now, space, hashes, effects);
+        let before = parent.map(|parent| self.index[parent.id].hash);
+        let (blocks, grants) = self.grant(now, space, (before, hashes), effects);
         let deadline = now.plus(u64::from(ttl_ms));
         let reservation =
             Reservation { session, space, deadline, parent, blocks, filling: false, dead: false };
@@ -90,7 +91,7 @@ impl Core {
         &mut self,
         now: Millis,
         space: u32,
-        hashes: &[BlockHash],
+        (mut before, hashes): (Option<BlockHash>, &[BlockHash]),
         effects: &mut Effects,
     ) -> (Vec<Pending>, Vec<Grant>) {
         let mut blocks = Vec::with_capacity(hashes.len());
@@ -98,7 +99,12 @@ impl Core {
         let mut full = false;
         for hash in hashes {
             let (state, grant) = if let Some(id) = self.index.find(space, hash) {
-                (PendingState::Pinned(self.pinned(id)), Grant::AlreadyStored)
+                // A stored block that follows another one is not of this chain: what comes after it could not be reached.
+                if self.index[id].parent == before {
+                    (PendingState::Pinned(self.pinned(id)), Grant::AlreadyStored)
+                } else {
+                    (PendingState::Nothing, Grant::ParentMissing)
+                }
             } else {
                 let slot = if full { None } else { self.make_room(now, space, effects) };
                 full = slot.is_none();
@@ -110,6 +116,7 @@ impl Core {
                     }
                 }
             };
+            before = Some(*hash);
             blocks.push(Pending { hash: *hash, state });
             grants.push(grant);
         }

@@ -97,7 +97,7 @@ impl Core {
             Event::Abort { session, reservation } => self.abort(now, session, reservation),
             Event::Quarantine { space, hash } => self.quarantine(now, space, hash, &mut effects),
             Event::Flush(space) => self.flush(now, space, &mut effects),
-            Event::Explain { space, hash } => self.explain(now, space, &hash),
+            Event::Explain { space, hashes } => self.explain(now, space, hashes),
             Event::Tick => Ok(Reply::Done),
         };
         effects.reply = reply.unwrap_or_else(Reply::Refused);
@@ -188,21 +188,41 @@ impl Core {
         Ok(Reply::Flushed(blocks.len() as u64))
     }
 
-    fn explain(&self, now: Millis, space: SpaceId, hash: &BlockHash) -> Result<Reply, Refusal> {
+    fn explain(&self, now: Millis, space: SpaceId, hashes: &[BlockHash]) -> Result<Reply, Refusal> {
         let space = self.spaces.find(&space)?;
+        let mut before: Option<(BlockHash, bool)> = None;
+        let mut states = Vec::with_capacity(hashes.len());
+        for hash in hashes {
+            let state = self.explain_block(now, space, hash, before);
+            let reachable = matches!(state, BlockState::Resident { reachable: true, .. });
+            before = Some((*hash, reachable));
+            states.push(state);
+        }
+        Ok(Reply::Explained(states))
+    }
+
+    /// `before`: a block whose reachability is known already.
+    fn explain_block(
+        &self,
+        now: Millis,
+        space: u32,
+        hash: &BlockHash,
+        before: Option<(BlockHash, bool)>,
+    ) -> BlockState {
         let Some(id) = self.index.find(space, hash) else {
             let (reason, at) = self.history.find(space, hash).unwrap_or((MissReason::NeverStored, now));
-            return Ok(Reply::Explained(BlockState::Absent { reason, ago_ms: now.since(at) }));
+            return BlockState::Absent { reason, ago_ms: now.since(at) };
         };
         let entry = &self.index[id];
-        Ok(Reply::Explained(BlockState::Resident {
+        let known = before.filter(|(hash, _)| entry.parent == Some(*hash)).map(|(_, reachable)| reachable);
+        BlockState::Resident {
             tier: Tier::Host,
             bytes: self.spaces.classes[self.spaces[space].class.0 as usize].slot_bytes,
             leases: entry.pins,
             idle_ms: now.since(entry.touched),
             checksum: entry.checksum,
-            reachable: self.reachable(space, id),
-        }))
+            reachable: known.unwrap_or_else(|| self.reachable(space, id)),
+        }
     }
 
     /// Bounded, because a client that invents its own hashes can publish a chain that bites its tail.
@@ -221,10 +241,19 @@ impl Core {
         self.sessions.get_mut(&id).ok_or(Refusal::UnknownSession)
     }
 
-    /// Ids of sessions, leases and reservations are never reused.
+    /// Ids of sessions, leases and reservations are never reused, and differ from those of any other start: a counter, mixed
+    /// by a bijection (the finaliser of splitmix64) with this start's seed. Never 0, which means "none" on the wire.
     pub(crate) fn next_id(&mut self) -> u64 {
-        self.last_id += 1;
-        self.last_id
+        loop {
+            self.last_id += 1;
+            let mut id = self.last_id.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ self.config.hash_seed[0];
+            id = (id ^ (id >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            id = (id ^ (id >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            id ^= id >> 31;
+            if id != 0 {
+                return id;
+            }
+        }
     }
 
     /// Takes a resident block out of the index. Its slot is free at once, or when its last pin is gone.

@@ -166,8 +166,10 @@ fn a_quarantined_block_leaves_at_once_and_its_slot_when_the_last_lease_ends() {
     assert_eq!(outcomes[1], Outcome::Miss(MissReason::Quarantined));
     assert_eq!(outcomes[2], Outcome::Miss(MissReason::ParentMissing));
     assert_eq!(server.used_slots(), 3);
-    let explained = server.apply(Event::Explain { space, hash: blocks[2] });
-    assert!(matches!(explained, Reply::Explained(BlockState::Resident { reachable: false, .. })));
+    let explained = server.apply(Event::Explain { space, hashes: &[blocks[2]] });
+    assert!(
+        matches!(explained, Reply::Explained(states) if matches!(states[..], [BlockState::Resident { reachable: false, .. }]))
+    );
     server.apply(Event::Release { session, lease });
     assert_eq!(server.used_slots(), 2);
     assert_eq!(server.publish(session, space, &blocks), 1, "it can be published anew");
@@ -320,6 +322,8 @@ fn a_chain_that_bites_its_tail_costs_bounded_time() {
     server.fill(session, id);
     assert_eq!(server.commit(id, 0), CommitOutcome::Committed);
     server.apply(Event::EndFill(id));
-    let explained = server.apply(Event::Explain { space, hash: blocks[0] });
-    assert!(matches!(explained, Reply::Explained(BlockState::Resident { reachable: false, .. })));
+    let explained = server.apply(Event::Explain { space, hashes: &[blocks[0]] });
+    assert!(
+        matches!(explained, Reply::Explained(states) if matches!(states[..], [BlockState::Resident { reachable: false, .. }]))
+    );
 }

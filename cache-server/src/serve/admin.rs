@@ -64,6 +64,7 @@ fn stats(context: &Context) -> pb::StatsResponse {
         fetched_bytes: context.metrics.fetched_bytes.get(),
         published_bytes: context.metrics.published_bytes.get(),
         spaces: spaces.into_iter().map(space).collect(),
+        busy_blocks: counters.busy_blocks,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{Context, fetch, publish, refused, session, unexpected};
 use cairn_core::{BlockState, Event, Grant, LeaseId, Reply, ReservationId, SessionId};
-use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, runs, wire};
+use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, limits, pb, runs, wire};
 use futures::Stream;
 use std::pin::Pin;
 use std::time::Instant;
@@ -123,6 +123,12 @@ impl pb::cache_server::Cache for CacheService {
     ) -> Answer<pb::ReleaseLeaseResponse> {
         let request = request.into_inner();
         let session = SessionId(request.session_id);
+        if request.lease_ids.len() > limits::MAX_BLOCKS_PER_REQUEST {
+            return Err(Status::invalid_argument(format!(
+                "at most {} leases",
+                limits::MAX_BLOCKS_PER_REQUEST
+            )));
+        }
         for lease in request.lease_ids {
             self.0.engine.apply(Event::Release { session, lease: LeaseId(lease) }).map_err(refused)?;
         }
@@ -151,14 +157,11 @@ impl pb::cache_server::Cache for CacheService {
     async fn explain(&self, request: Request<pb::ExplainRequest>) -> Answer<pb::ExplainResponse> {
         let request = request.into_inner();
         let space = SpaceId::try_from(request.space_id.as_ref())?;
-        let mut blocks = Vec::new();
-        for hash in BlockHash::parse_list(&request.block_hashes)? {
-            let reply = self.0.engine.apply(Event::Explain { space, hash }).map_err(refused)?;
-            let Reply::Explained(state) = reply else {
-                return Err(unexpected());
-            };
-            blocks.push(explanation(state, self.0.engine.inspect(|core| core.policy().name())));
-        }
+        let hashes = BlockHash::parse_list(&request.block_hashes)?;
+        let reply = self.0.engine.apply(Event::Explain { space, hashes: &hashes }).map_err(refused)?;
+        let Reply::Explained(states) = reply else { return Err(unexpected()) };
+        let policy = self.0.engine.inspect(|core| core.policy().name());
+        let blocks = states.into_iter().map(|state| explanation(state, policy)).collect();
         Ok(Response::new(pb::ExplainResponse { blocks }))
     }
 }

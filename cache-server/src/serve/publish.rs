@@ -3,11 +3,13 @@
 use super::{Context, refused};
 use crate::engine::{Fill, FillBlock};
 use cairn_core::{CommitOutcome, ReservationId, SessionId};
-use cairn_proto::{Checksum, SpaceId, pb};
+use cairn_proto::{Checksum, SpaceId, limits, pb};
 use cairn_transfer::Incoming;
 use futures::{Stream, StreamExt};
 use pb::publish_chunk::Chunk;
 use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::time::Instant;
 use tonic::Status;
 
 /// Runs one publish stream to its end. When it fails in the middle, what was committed stays and the rest is given up.
@@ -16,13 +18,15 @@ pub(crate) async fn receive(
     mut chunks: impl Stream<Item = Result<pb::PublishChunk, Status>> + Unpin,
 ) -> Result<pb::PublishResponse, Status> {
     let _transfer = context.transfers.token();
-    let Some(Chunk::Header(header)) = next(context, &mut chunks).await? else {
+    // No reservation lasts longer, so nothing that comes later could be committed.
+    let end = Instant::now() + Duration::from_millis(u64::from(limits::MAX_TTL_MS));
+    let Some(Chunk::Header(header)) = next(context, end, &mut chunks).await? else {
         return Err(Status::invalid_argument("the first message of a publish must be its header"));
     };
     let names = (SessionId(header.session_id), ReservationId(header.reservation_id));
     let fill = context.engine.fill(names.0, names.1).map_err(refused)?;
     let mut receiver = Receiver::new(fill);
-    while let Some(chunk) = next(context, &mut chunks).await? {
+    while let Some(chunk) = next(context, end, &mut chunks).await? {
         let Chunk::Pieces(message) = chunk else {
             return Err(Status::invalid_argument("a publish has one header"));
         };
@@ -38,10 +42,13 @@ pub(crate) async fn receive(
 
 async fn next(
     context: &Context,
+    end: Instant,
     chunks: &mut (impl Stream<Item = Result<pb::PublishChunk, Status>> + Unpin),
 ) -> Result<Option<Chunk>, Status> {
-    let message = tokio::time::timeout(context.publish_idle, chunks.next()).await;
-    let message = message.map_err(|_| Status::deadline_exceeded("no message for too long in a publish"))?;
+    let deadline = end.min(Instant::now() + context.publish_idle);
+    let message = tokio::time::timeout_at(deadline, chunks.next()).await;
+    let message =
+        message.map_err(|_| Status::deadline_exceeded("a publish paused or went on for too long"))?;
     match message.transpose()? {
         None => Ok(None),
         Some(pb::PublishChunk { chunk: Some(chunk) }) => Ok(Some(chunk)),
@@ -104,7 +111,8 @@ impl Receiver {
                     pb::Commit::Committed
                 }
                 CommitOutcome::Duplicate => pb::Commit::Duplicate,
-                CommitOutcome::Expired => pb::Commit::Expired,
+                // Nothing of this reservation can be committed any more; its room is wanted.
+                CommitOutcome::Expired => return Err(Status::deadline_exceeded("the reservation ran out")),
                 CommitOutcome::ParentMissing => pb::Commit::ParentMissing,
                 CommitOutcome::NotReserved => return Err(super::unexpected()),
             },
