@@ -17,16 +17,7 @@ fn sizes() -> [usize; 2] {
 
 fn space() -> KeySpace {
     let layout = Layout::new(1, 1, 64, 16).expect("a valid layout");
-    KeySpace::new(SpaceParts {
-        tenant: "bench".into(),
-        tenant_salt: [0; 32],
-        model_fingerprint: [0; 32],
-        dtype: Dtype::Bf16,
-        shard: Shard::whole(&layout),
-        layout,
-        hash_protocol: HashProtocol::CairnBlake3V1,
-    })
-    .expect("a valid space")
+    KeySpace::new(SpaceParts::new("bench", [0; 32], Dtype::Bf16, layout)).expect("a valid space")
 }
 
 struct Filled {

@@ -13,16 +13,7 @@ const BATCHES: [usize; 2] = [1, 8];
 fn space(block_kib: u32) -> KeySpace {
     // 2 KiB a layer: 2 × 16 tokens × 1 head × 32 elements × 2 bytes.
     let layout = Layout::new(block_kib / 2, 1, 32, 16).expect("a valid layout");
-    KeySpace::new(SpaceParts {
-        tenant: "bench".into(),
-        tenant_salt: [0; 32],
-        model_fingerprint: [0; 32],
-        dtype: Dtype::Bf16,
-        shard: Shard::whole(&layout),
-        layout,
-        hash_protocol: HashProtocol::CairnBlake3V1,
-    })
-    .expect("a valid space")
+    KeySpace::new(SpaceParts::new("bench", [0; 32], Dtype::Bf16, layout)).expect("a valid space")
 }
 
 fn blocks(space: &KeySpace, count: usize, seed: u32) -> Vec<Block> {

@@ -57,6 +57,21 @@ pub struct SpaceParts {
     pub hash_protocol: HashProtocol,
 }
 
+impl SpaceParts {
+    /// The usual space: the whole model in one shard, Cairn's own hashes, no salt.
+    pub fn new(tenant: impl Into<String>, model_fingerprint: [u8; 32], dtype: Dtype, layout: Layout) -> Self {
+        Self {
+            tenant: tenant.into(),
+            tenant_salt: [0; 32],
+            model_fingerprint,
+            dtype,
+            shard: Shard::whole(&layout),
+            layout,
+            hash_protocol: HashProtocol::CairnBlake3V1,
+        }
+    }
+}
+
 impl KeySpace {
     /// Checks the parts and computes the id.
     ///

@@ -29,19 +29,10 @@ pub mod pb {
 
 #[cfg(test)]
 pub(crate) mod testing {
-    use crate::{Dtype, HashProtocol, KeySpace, Layout, Shard, SpaceParts};
+    use crate::{Dtype, KeySpace, Layout, SpaceParts};
 
     pub(crate) fn space(tenant: &str, block_tokens: u32) -> KeySpace {
         let layout = Layout::new(2, 2, 8, block_tokens).unwrap();
-        KeySpace::new(SpaceParts {
-            tenant: tenant.into(),
-            tenant_salt: [0; 32],
-            model_fingerprint: [7; 32],
-            dtype: Dtype::Bf16,
-            shard: Shard::whole(&layout),
-            layout,
-            hash_protocol: HashProtocol::CairnBlake3V1,
-        })
-        .unwrap()
+        KeySpace::new(SpaceParts::new(tenant, [7; 32], Dtype::Bf16, layout)).unwrap()
     }
 }

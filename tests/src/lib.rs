@@ -7,7 +7,7 @@ mod checkpoints;
 pub use checkpoints::{tiny_config, write_checkpoint};
 
 use cairn_client::{Block, CacheClient, ClientOptions};
-use cairn_proto::{BlockHash, Checksum, Dtype, HashProtocol, KeySpace, Layout, Shard, SpaceParts, chain};
+use cairn_proto::{BlockHash, Checksum, Dtype, KeySpace, Layout, SpaceParts, chain};
 use cairn_server::{Config, Server};
 use std::time::Duration;
 
@@ -49,16 +49,7 @@ pub fn space(tenant: &str) -> KeySpace {
 
 /// A key space of this layout, in bf16.
 pub fn space_with(tenant: &str, layout: Layout) -> KeySpace {
-    KeySpace::new(SpaceParts {
-        tenant: tenant.into(),
-        tenant_salt: [0; 32],
-        model_fingerprint: [1; 32],
-        dtype: Dtype::Bf16,
-        shard: Shard::whole(&layout),
-        layout,
-        hash_protocol: HashProtocol::CairnBlake3V1,
-    })
-    .expect("a valid key space")
+    KeySpace::new(SpaceParts::new(tenant, [1; 32], Dtype::Bf16, layout)).expect("a valid key space")
 }
 
 /// The chain of a made-up prompt: `seed` decides its tokens.

@@ -150,6 +150,28 @@ fn unsafe_is_fenced_and_explained() {
 }
 
 #[test]
+fn the_core_has_no_clock_randomness_io_or_threads() {
+    let outside = [
+        "Instant",
+        "SystemTime",
+        "std::fs",
+        "std::net",
+        "std::thread",
+        "std::env",
+        "RandomState",
+        "rand::",
+        "tokio",
+    ];
+    for (path, text) in files(&["rs"]) {
+        if path.starts_with("cache-server/core/src/") {
+            for name in outside {
+                assert!(!text.contains(name), "{path} uses {name}");
+            }
+        }
+    }
+}
+
+#[test]
 fn words_that_do_not_belong_here_are_absent() {
     // Spelled in pieces, so that this file does not contain them.
     let banned: Vec<String> = [

@@ -50,16 +50,7 @@ impl Server {
     /// A space whose blocks take `pages` pages.
     fn space(&mut self, session: SessionId, tenant: &str, pages: u32) -> SpaceId {
         let layout = Layout::new(pages, 1, 64, 16).unwrap();
-        let space = KeySpace::new(SpaceParts {
-            tenant: tenant.into(),
-            tenant_salt: [0; 32],
-            model_fingerprint: [0; 32],
-            dtype: Dtype::Bf16,
-            shard: Shard::whole(&layout),
-            layout,
-            hash_protocol: HashProtocol::CairnBlake3V1,
-        })
-        .unwrap();
+        let space = KeySpace::new(SpaceParts::new(tenant, [0; 32], Dtype::Bf16, layout)).unwrap();
         assert_eq!(self.apply(Event::OpenSpace { session, space: &space }), Reply::Done);
         space.id()
     }

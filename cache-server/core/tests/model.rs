@@ -29,16 +29,7 @@ fn config(policy: PolicyKind, quota: Option<u64>) -> CoreConfig {
 
 fn space() -> KeySpace {
     let layout = Layout::new(1, 1, 64, 16).unwrap();
-    KeySpace::new(SpaceParts {
-        tenant: "t".into(),
-        tenant_salt: [0; 32],
-        model_fingerprint: [0; 32],
-        dtype: Dtype::Bf16,
-        shard: Shard::whole(&layout),
-        layout,
-        hash_protocol: HashProtocol::CairnBlake3V1,
-    })
-    .unwrap()
+    KeySpace::new(SpaceParts::new("t", [0; 32], Dtype::Bf16, layout)).unwrap()
 }
 
 /// A block of the model: its path from the root, as a small string of branch numbers.

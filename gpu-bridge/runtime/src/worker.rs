@@ -9,7 +9,7 @@ use axum::serve::ListenerExt;
 use cairn_client::{CacheClient, ClientError, ClientOptions};
 use cairn_gpu::KvType;
 use cairn_kernels::WeightType;
-use cairn_proto::{Dtype, HashProtocol, Invalid, KeySpace, Layout, Shard, SpaceParts, limits, pb};
+use cairn_proto::{Dtype, Invalid, KeySpace, Layout, SpaceParts, limits, pb};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -202,17 +202,11 @@ pub fn key_space(model: &Model, options: &WorkerOptions) -> Result<KeySpace, Inv
         config.head_dim as u32,
         options.engine.block_tokens as u32,
     )?;
-    KeySpace::new(SpaceParts {
-        tenant: options.tenant.clone(),
-        tenant_salt: options.tenant_salt,
-        model_fingerprint: model.fingerprint,
-        dtype: match options.engine.kv_type {
-            KvType::F32 => Dtype::F32,
-            KvType::F16 => Dtype::F16,
-            KvType::Bf16 => Dtype::Bf16,
-        },
-        shard: Shard::whole(&layout),
-        layout,
-        hash_protocol: HashProtocol::CairnBlake3V1,
-    })
+    let dtype = match options.engine.kv_type {
+        KvType::F32 => Dtype::F32,
+        KvType::F16 => Dtype::F16,
+        KvType::Bf16 => Dtype::Bf16,
+    };
+    let parts = SpaceParts::new(&options.tenant, model.fingerprint, dtype, layout);
+    KeySpace::new(SpaceParts { tenant_salt: options.tenant_salt, ..parts })
 }
