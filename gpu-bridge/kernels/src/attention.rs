@@ -4,7 +4,7 @@
 //! multiply-adds over the head's elements; the softmax is the exact two-pass one; values are added in token
 //! order. None of this depends on which rows share a job, so prefill in any chunking and decode agree bit for bit.
 
-use crate::lanes::{Isa, LANES, Lanes, dispatch, exp, sum_lanes};
+use crate::lanes::{Isa, LANES, Lanes, Output, dispatch, exp, sum_lanes};
 use crate::{KvType, PagedShape, Slot};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -120,15 +120,6 @@ fn row_groups(rows: &[QueryRow<'_>]) -> Vec<(usize, usize)> {
     }
     groups
 }
-
-/// The result, shared among jobs that each write their own heads of their own rows.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-
-// SAFETY: jobs write disjoint (row, head) parts, and nobody reads before all have ended.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 struct Job<'a> {
     isa: Isa,

@@ -104,6 +104,16 @@ pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
     }
 }
 
+/// A kernel's result, shared among jobs that each write their own part of it.
+#[derive(Clone, Copy)]
+pub(crate) struct Output(pub(crate) *mut f32);
+
+// SAFETY: the jobs of one kernel call write disjoint parts, and nobody reads before all of them have ended. Each kernel says
+// at its stores which part is its own.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
 #[derive(Clone, Copy)]
 pub(crate) struct Plain([f32; LANES]);
 

@@ -4,7 +4,7 @@
 //! Weights are packed in panels of 32 outputs, column by column, so that a tile streams them in order. Converting bf16 on
 //! the way costs two instructions a vector and halves the memory traffic that bounds decoding.
 
-use crate::lanes::{Isa, LANES, Lanes, dispatch};
+use crate::lanes::{Isa, LANES, Lanes, Output, dispatch};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -124,15 +124,6 @@ fn matmul_on(isa: Isa, x: &[f32], weights: &PackedMatrix, y: &mut [f32]) {
         (0..blocks * panels).into_par_iter().with_min_len(grain).for_each(|task| job(task).run());
     }
 }
-
-/// The result, shared among jobs that each write their own part.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-
-// SAFETY: jobs of one matmul write disjoint (row, panel) parts, and nobody reads before all have ended.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 /// One panel for a block of rows.
 struct Job<'a> {
