@@ -71,7 +71,7 @@ impl Report {
             "MiB loaded",
         ]);
         // Lines above, below and under the heading; none between rows.
-        table.remove_style(TableComponent::HorizontalLines);
+        table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
         for (i, row) in self.rows.iter().enumerate() {
             table.add_row([
                 (i + 1).to_string(),
