@@ -40,6 +40,7 @@ fn filled(chains: usize) -> Filled {
         chunk_bytes: blocks_per_chunk as u64 * SLOT,
         slot_align_bytes: SLOT,
         policy: PolicyKind::Lru,
+        admission: cairn_core::Admission::Always,
         tenants: Vec::new(),
         history_entries: 65_536,
         max_leases_per_session: 16,

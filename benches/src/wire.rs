@@ -36,7 +36,7 @@ impl pb::cache_server::Cache for Bare {
             let size = left.min(limits::CHUNK_BYTES);
             left -= size;
             let piece = pb::BlockPiece { block: 0, offset: 0, data: buffer.slice(..size) };
-            (size > 0).then(|| Ok(pb::FetchChunk { pieces: vec![piece] }))
+            (size > 0).then(|| Ok(pb::FetchChunk { pieces: vec![piece], losses: Vec::new() }))
         });
         Ok(Response::new(Box::pin(stream::iter(chunks))))
     }

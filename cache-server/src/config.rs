@@ -1,12 +1,17 @@
 //! The settings of a server: one typed tree, read here and nowhere else. `deploy/cairn.toml` shows all of it.
 
+use crate::tiers::nvme::{DeviceOptions, KEY_BYTES};
 use cairn_core::{CoreConfig, PolicyKind, TenantQuota};
 use serde::Deserialize;
+use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 const MIB: u64 = 1 << 20;
+
+/// Segments of a device: one open, one for reclaiming to go on, and something to reclaim.
+const MIN_SEGMENTS: u64 = 4;
 
 /// All settings.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -16,6 +21,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// The host memory tier.
     pub host: HostConfig,
+    /// The NVMe tier. Without a device there is none.
+    pub nvme: NvmeConfig,
     /// Bounds on what clients may hold.
     pub limits: LimitsConfig,
     /// Tenants and their shares. Empty: any tenant may come, without quota.
@@ -54,6 +61,45 @@ pub struct HostConfig {
     pub history_entries: usize,
 }
 
+/// The NVMe tier.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NvmeConfig {
+    /// Its directories, best one a device. Blocks are spread over them in turn.
+    pub device: Vec<DeviceEntry>,
+    /// What leaves a device when there is no room. Same names as `host.policy`.
+    pub policy: String,
+    /// Which blocks are written: `always`, `second_use` or `predicted_reuse`. The latter two wear the device less and hit less.
+    pub admission: String,
+    /// Size of a segment file, for new directories. A device has at least four. Small ones are reclaimed in smaller steps; large
+    /// ones keep large blocks together.
+    pub segment_mib: u64,
+    /// Share of each device that blocks may not use. More of it makes reclaiming cheaper.
+    pub over_provision_percent: u8,
+    /// Bytes written for each byte stored, at most; beyond it blocks leave early instead.
+    pub max_write_amplification: f64,
+    /// Bytes being written to one device at a time. A read waits for no more than these.
+    pub write_in_flight_mib: u64,
+    /// Background writing to one device. 0: no limit.
+    pub write_mib_per_s: u64,
+    /// Background checking of what one device holds. 0: none.
+    pub scrub_mib_per_s: u64,
+    /// Longest time that a written block can be lost to a power failure.
+    pub sync_interval_ms: u64,
+    /// How bytes are moved: `auto`, `io_uring` or `threads`.
+    pub io: String,
+}
+
+/// One directory of the NVMe tier.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEntry {
+    /// The directory. It must exist and be empty, or be Cairn's.
+    pub path: PathBuf,
+    /// All that it may hold.
+    pub capacity_mib: u64,
+}
+
 /// Bounds on what clients may hold.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,8 +124,13 @@ pub struct LimitsConfig {
 pub struct TenantConfig {
     /// The name in its key spaces.
     pub name: String,
-    /// Blocks that it may hold at a time. Absent: no quota.
+    /// Blocks that it may hold in host memory at a time. Absent: no quota.
     pub max_blocks: Option<u64>,
+    /// A file with 32 bytes in hexadecimal: blocks of this tenant are encrypted on devices. Without the same key they cannot be
+    /// read again.
+    pub encryption_key_file: Option<PathBuf>,
+    /// A command, and its arguments, that prints such a key.
+    pub encryption_key_command: Option<Vec<String>>,
 }
 
 impl Default for ServerConfig {
@@ -101,6 +152,24 @@ impl Default for HostConfig {
             policy: "lru".into(),
             prefault: true,
             history_entries: 65_536,
+        }
+    }
+}
+
+impl Default for NvmeConfig {
+    fn default() -> Self {
+        Self {
+            device: Vec::new(),
+            policy: "lru".into(),
+            admission: "always".into(),
+            segment_mib: 256,
+            over_provision_percent: 10,
+            max_write_amplification: 1.5,
+            write_in_flight_mib: 32,
+            write_mib_per_s: 0,
+            scrub_mib_per_s: 16,
+            sync_interval_ms: 100,
+            io: "auto".into(),
         }
     }
 }
@@ -182,6 +251,7 @@ impl Config {
             chunk_bytes,
             slot_align_bytes: crate::SLOT_ALIGN_BYTES,
             policy,
+            admission: self.nvme.admission.parse().map_err(ConfigError::Value)?,
             tenants: self.tenant.iter().map(quota).collect(),
             history_entries: self.host.history_entries,
             max_leases_per_session: self.limits.max_leases_per_session,
@@ -189,6 +259,63 @@ impl Config {
             max_spaces: self.limits.max_spaces,
             hash_seed,
         })
+    }
+
+    /// The directories of the NVMe tier.
+    ///
+    /// # Errors
+    /// When a value cannot work or a key cannot be had.
+    pub fn devices(&self) -> Result<Vec<DeviceOptions>, ConfigError> {
+        self.check_nvme()?;
+        let mut keys = HashMap::new();
+        for tenant in &self.tenant {
+            if let Some(key) = tenant.key()? {
+                keys.insert(tenant.name.clone(), key);
+            }
+        }
+        let options = |entry: &DeviceEntry| DeviceOptions {
+            path: entry.path.clone(),
+            capacity_bytes: entry.capacity_mib * MIB,
+            segment_bytes: self.nvme.segment_mib * MIB,
+            keys: keys.clone(),
+            read_only: false,
+        };
+        Ok(self.nvme.device.iter().map(options).collect())
+    }
+
+    fn check_nvme(&self) -> Result<(), ConfigError> {
+        let nvme = &self.nvme;
+        let wrong = |text: String| Err(ConfigError::Value(text));
+        nvme.policy.parse::<PolicyKind>().map_err(ConfigError::Value)?;
+        if !["auto", "io_uring", "threads"].contains(&nvme.io.as_str()) {
+            return wrong(format!("nvme.io is {:?}; known: auto, io_uring, threads", nvme.io));
+        }
+        if !(1..=1 << 20).contains(&nvme.segment_mib) {
+            return wrong(format!("nvme.segment_mib is {}; it must be 1 to 1048576", nvme.segment_mib));
+        }
+        if nvme.over_provision_percent > 90 {
+            return wrong("nvme.over_provision_percent must be at most 90".into());
+        }
+        if nvme.max_write_amplification.is_nan() || nvme.max_write_amplification < 1.0 {
+            return wrong("nvme.max_write_amplification must be at least 1".into());
+        }
+        if nvme.write_in_flight_mib == 0 || nvme.sync_interval_ms == 0 {
+            return wrong("nvme.write_in_flight_mib and nvme.sync_interval_ms must be at least 1".into());
+        }
+        for (i, entry) in nvme.device.iter().enumerate() {
+            let path = entry.path.display();
+            let least = MIN_SEGMENTS * nvme.segment_mib + 1;
+            if entry.capacity_mib < least || entry.capacity_mib > u64::MAX / MIB {
+                return wrong(format!(
+                    "nvme.device {path}: capacity_mib is {}; with segments of {} MiB it must be at least {least}",
+                    entry.capacity_mib, nvme.segment_mib
+                ));
+            }
+            if nvme.device[..i].iter().any(|other| other.path == entry.path) {
+                return wrong(format!("nvme.device {path} is listed twice"));
+            }
+        }
+        Ok(())
     }
 
     fn check_listen(&self) -> Result<(), ConfigError> {
@@ -202,5 +329,34 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+impl TenantConfig {
+    /// The key that its blocks are encrypted with.
+    fn key(&self) -> Result<Option<[u8; KEY_BYTES]>, ConfigError> {
+        let wrong = |text: String| ConfigError::Value(format!("tenant {:?}: {text}", self.name));
+        let text = match (&self.encryption_key_file, &self.encryption_key_command) {
+            (None, None) => return Ok(None),
+            (Some(_), Some(_)) => {
+                return Err(wrong("give encryption_key_file or encryption_key_command, not both".into()));
+            }
+            (Some(file), None) => std::fs::read_to_string(file)
+                .map_err(|error| wrong(format!("cannot read {}: {error}", file.display())))?,
+            (None, Some(command)) => {
+                let (program, arguments) =
+                    command.split_first().ok_or_else(|| wrong("encryption_key_command is empty".into()))?;
+                let output = std::process::Command::new(program).args(arguments).output();
+                let output = output.map_err(|error| wrong(format!("cannot run {program}: {error}")))?;
+                if !output.status.success() {
+                    return Err(wrong(format!("{program} ended with {}", output.status)));
+                }
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            }
+        };
+        let mut key = [0; KEY_BYTES];
+        hex::decode_to_slice(text.trim(), &mut key)
+            .map_err(|_| wrong(format!("its key must be {KEY_BYTES} bytes in hexadecimal")))?;
+        Ok(Some(key))
     }
 }

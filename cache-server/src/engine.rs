@@ -3,15 +3,26 @@
 
 use crate::SLOT_ALIGN_BYTES;
 use crate::config::{Config, ConfigError};
+use crate::devices::{Devices, ended};
+use crate::tiers::nvme::fault::Faults;
+use crate::tiers::nvme::{Memory, Pages, ReadError};
 use crate::tiers::{ArenaError, HostArena, SlotBytes, SlotWriter};
+use bytes::Bytes;
 use cairn_core::{
-    CommitOutcome, Core, Effects, Event, LeaseId, Millis, Refusal, Reply, ReservationId, SessionId,
+    CommitOutcome, Core, DiskPlace, Effects, Ended, Event, LeaseId, Load, LoadId, Millis, Record, Refusal,
+    Reply, ReservationId, SessionId, SlotId,
 };
-use cairn_proto::{BlockHash, Checksum, SpaceId};
+use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId};
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 use thiserror::Error;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
+
+/// Bytes at a time, in MiB, of blocks that are read past a full host tier.
+const THROUGH_MIB: usize = 64;
 
 /// Why an engine cannot start.
 #[derive(Debug, Error)]
@@ -28,6 +39,13 @@ pub enum EngineError {
 pub struct Engine {
     core: Mutex<Core>,
     arena: Arc<HostArena>,
+    devices: Devices,
+    /// A block arrived from a device, or did not.
+    loaded: Notify,
+    /// Background work; ends before the server does.
+    tasks: TaskTracker,
+    /// Room for blocks that are read for one reader, for want of host slots.
+    through: Arc<Semaphore>,
     started: Instant,
     epoch: u64,
     capacity_bytes: u64,
@@ -38,7 +56,7 @@ impl Engine {
     ///
     /// # Errors
     /// When a setting cannot work or memory cannot be had.
-    pub fn new(config: &Config) -> Result<Arc<Self>, EngineError> {
+    pub fn new(config: &Config, faults: Option<Arc<Faults>>) -> Result<Arc<Self>, EngineError> {
         let random = RandomState::new();
         let core_config = config.core([random.hash_one(1u8), random.hash_one(2u8)])?;
         let arena = HostArena::new(core_config.host_chunks, core_config.chunk_bytes)?;
@@ -47,6 +65,10 @@ impl Engine {
         Ok(Arc::new(Self {
             core: Mutex::new(core),
             arena: Arc::new(arena),
+            devices: Devices::new(config.nvme.clone(), config.devices()?, faults),
+            loaded: Notify::new(),
+            tasks: TaskTracker::new(),
+            through: Arc::new(Semaphore::new(THROUGH_MIB)),
             started: Instant::now(),
             epoch: random.hash_one(3u8),
             capacity_bytes,
@@ -78,7 +100,8 @@ impl Engine {
     /// # Errors
     /// When the core refuses it.
     pub fn apply(&self, event: Event<'_>) -> Result<Reply, Refusal> {
-        let Effects { reply, removed } = {
+        let works = gives_work(&event);
+        let Effects { reply, removed, lost } = {
             let mut core = self.core();
             // Read under the lock, so that time never goes backwards for the core.
             let now = Millis(self.uptime_ms());
@@ -86,6 +109,10 @@ impl Engine {
         };
         for block in &removed {
             tracing::trace!(hash = ?block.hash, reason = block.reason.name(), "block removed");
+        }
+        lost.into_iter().for_each(|device| self.devices.lost(device));
+        if works {
+            self.devices.wake();
         }
         match reply {
             Reply::Refused(refusal) => Err(refusal),
@@ -117,9 +144,89 @@ impl Engine {
         let block = |slot: &cairn_core::ReadSlot| ReadBlock {
             hash: slot.hash,
             checksum: slot.checksum,
-            bytes: self.arena.bytes(slot.slot, len, guard.clone()),
+            bytes: slot.slot.map(|slot| self.arena.bytes(slot, len, guard.clone())),
         };
-        Ok(Read { space, blocks: slots.iter().map(block).collect() })
+        let blocks = slots.iter().map(block).collect();
+        Ok(Read { space, blocks, first, block_bytes: len, guard })
+    }
+
+    /// Brings one block of a read from its device, into host memory if there is room.
+    ///
+    /// # Errors
+    /// Why it cannot be had.
+    pub async fn bring(self: &Arc<Self>, source: &ReadSource, position: usize) -> Result<Bytes, MissReason> {
+        loop {
+            // Made before the core is asked, so that no arrival is missed.
+            let arrival = self.loaded.notified();
+            let event = Event::Load { lease: source.guard.lease, position };
+            let Ok(Reply::Load(load)) = self.apply(event) else { return Err(MissReason::LeaseLost) };
+            match load {
+                Load::Ready(slot) => {
+                    let bytes = self.arena.bytes(slot, source.block_bytes, source.guard.clone());
+                    return Ok(Bytes::from_owner(bytes));
+                }
+                Load::Wait => arrival.await,
+                Load::Promote { load, from, record, slot } => {
+                    let guard = Arc::new(LoadGuard::new(self, load));
+                    let memory = Memory::Slot(self.arena.writer(slot, record.block_bytes, guard.clone()));
+                    let read = self.tasks.spawn(self.clone().promote(guard, record, from, memory));
+                    // A reader that goes away leaves the move to its end: the next one finds the block in memory.
+                    let _ = read.await;
+                }
+                Load::Through { load, from, record } => {
+                    let guard = Arc::new(LoadGuard::new(self, load));
+                    return self.read_through(guard, record, from).await;
+                }
+                Load::Lost(reason) => return Err(reason),
+            }
+        }
+    }
+
+    async fn promote(
+        self: Arc<Self>,
+        guard: Arc<LoadGuard>,
+        record: Record,
+        from: DiskPlace,
+        memory: Memory,
+    ) {
+        let read = self.devices.read(&record, from, memory).await;
+        guard.end(ended(&read, &record));
+    }
+
+    async fn read_through(
+        self: &Arc<Self>,
+        guard: Arc<LoadGuard>,
+        record: Record,
+        from: DiskPlace,
+    ) -> Result<Bytes, MissReason> {
+        let mib = (record.block_bytes.div_ceil(1 << 20) as usize).min(THROUGH_MIB) as u32;
+        let permit = self.through.clone().acquire_many_owned(mib).await;
+        let memory = Memory::Pages(Pages::for_bytes(record.block_bytes));
+        let read = self.devices.read(&record, from, memory).await;
+        guard.end(ended(&read, &record));
+        match read {
+            Ok(Memory::Pages(pages)) => {
+                let owned = OwnBlock { pages, _room: permit.ok() };
+                Ok(Bytes::from_owner(owned).slice(..record.block_bytes as usize))
+            }
+            Ok(_) | Err(ReadError::Corrupt) => Err(MissReason::Quarantined),
+            Err(ReadError::Io(_)) => Err(MissReason::DeviceLost),
+        }
+    }
+
+    /// The bytes of a slot that a move holds in place until it ends.
+    pub(crate) fn moving_bytes(&self, slot: SlotId, block_bytes: u64) -> SlotBytes {
+        self.arena.bytes(slot, block_bytes, Arc::new(()))
+    }
+
+    /// The directories of the NVMe tier.
+    pub(crate) fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// Background work.
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.tasks
     }
 
     /// Starts to fill a reservation.
@@ -143,10 +250,9 @@ impl Engine {
     }
 
     fn block_bytes(&self, space: &SpaceId) -> Result<u64, Refusal> {
-        let core = self.core();
-        let (space, slot_bytes) = core.space(space).ok_or(Refusal::UnknownSpace)?;
-        debug_assert_eq!(slot_bytes, space.block_bytes().next_multiple_of(SLOT_ALIGN_BYTES));
-        Ok(space.block_bytes())
+        let (block_bytes, slot_bytes) = self.core().block_bytes(space).ok_or(Refusal::UnknownSpace)?;
+        debug_assert_eq!(slot_bytes, block_bytes.next_multiple_of(SLOT_ALIGN_BYTES));
+        Ok(block_bytes)
     }
 
     /// A panic inside the core is a defect in it, and its state could be anything: serving on would risk wrong bytes. The
@@ -165,6 +271,82 @@ pub struct Read {
     pub space: SpaceId,
     /// In run order.
     pub blocks: Vec<ReadBlock>,
+    /// Position of the first in the run.
+    pub first: usize,
+    block_bytes: u64,
+    guard: Arc<ReadGuard>,
+}
+
+impl Read {
+    /// What [`Engine::bring`] needs.
+    pub fn source(&self) -> ReadSource {
+        ReadSource { block_bytes: self.block_bytes, guard: self.guard.clone() }
+    }
+}
+
+/// A read in progress.
+#[derive(Clone)]
+pub struct ReadSource {
+    block_bytes: u64,
+    guard: Arc<ReadGuard>,
+}
+
+impl ReadSource {
+    /// Of each block.
+    pub fn block_bytes(&self) -> u64 {
+        self.block_bytes
+    }
+}
+
+/// A block in memory of its own.
+struct OwnBlock {
+    pages: Pages,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for OwnBlock {
+    fn as_ref(&self) -> &[u8] {
+        self.pages.as_ref()
+    }
+}
+
+/// A load that ends whatever happens.
+struct LoadGuard {
+    engine: Arc<Engine>,
+    load: LoadId,
+    ended: AtomicBool,
+}
+
+impl LoadGuard {
+    fn new(engine: &Arc<Engine>, load: LoadId) -> Self {
+        Self { engine: engine.clone(), load, ended: AtomicBool::new(false) }
+    }
+
+    fn end(&self, ended: Ended) {
+        if !self.ended.swap(true, Ordering::AcqRel) {
+            // Never refused.
+            let _ = self.engine.apply(Event::EndLoad { load: self.load, ended });
+            self.engine.loaded.notify_waiters();
+        }
+    }
+}
+
+impl Drop for LoadGuard {
+    fn drop(&mut self) {
+        self.end(Ended::Cancelled);
+    }
+}
+
+/// Events after which devices may have something to do.
+fn gives_work(event: &Event<'_>) -> bool {
+    matches!(
+        event,
+        Event::EndFill(_)
+            | Event::Lookup { .. }
+            | Event::Quarantine { .. }
+            | Event::Flush(_)
+            | Event::EndLoad { .. }
+    )
 }
 
 /// One block to read.
@@ -173,8 +355,8 @@ pub struct ReadBlock {
     pub hash: BlockHash,
     /// What its bytes must add up to.
     pub checksum: Checksum,
-    /// Its bytes.
-    pub bytes: SlotBytes,
+    /// Its bytes; `None` when they must be brought from a device.
+    pub bytes: Option<SlotBytes>,
 }
 
 /// A reservation being filled. Dropping it gives up what was not committed.

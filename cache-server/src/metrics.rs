@@ -1,8 +1,9 @@
 //! What a server tells Prometheus. Counters that the core keeps are read at each scrape; what only the server sees
 //! (bytes moved, corrupt arrivals, latencies) is counted here.
 
+use crate::devices::Attached;
 use crate::engine::Engine;
-use cairn_core::{Counters, Usage};
+use cairn_core::{Counters, DeviceCondition, DeviceUsage, Usage};
 use cairn_proto::{MissReason, Tier};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -73,7 +74,8 @@ impl Collector for CoreCollector {
         let (counters, usage) = self.0.inspect(|core| (core.counters().clone(), core.usage()));
         encode_lookups(&mut encoder, &counters)?;
         encode_totals(&mut encoder, &counters)?;
-        encode_usage(&mut encoder, &usage, self.0.capacity_bytes())
+        encode_usage(&mut encoder, &usage, self.0.capacity_bytes())?;
+        encode_devices(&mut encoder, &self.0)
     }
 }
 
@@ -107,6 +109,7 @@ fn encode_totals(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Re
         ("committed_blocks", "Blocks made visible", counters.committed_blocks),
         ("duplicate_blocks", "Blocks offered again and dropped", counters.duplicate_blocks),
         ("evicted_blocks", "Blocks that made room", counters.evicted_blocks),
+        ("demoted_blocks", "Blocks that left host memory and stayed on a device", counters.demoted_blocks),
         ("quarantined_blocks", "Blocks removed because their bytes were wrong", counters.quarantined_blocks),
         ("refused_blocks", "Blocks offered and not given room", counters.refused_blocks),
         ("expired_leases", "Leases ended by their deadline", counters.expired_leases),
@@ -129,6 +132,7 @@ fn encode_usage(
         ("leases", "Leases held", usage.leases as u64),
         ("reservations", "Reservations held", usage.reservations as u64),
         ("resident_blocks", "Blocks in the index", usage.resident_blocks as u64),
+        ("host_blocks", "Blocks in host memory", usage.host_blocks as u64),
         ("resident_bytes", "Bytes of their slots", usage.resident_bytes),
         ("used_slots", "Slots that hold anything", usage.used_slots as u64),
         ("free_chunks", "Chunks that nobody owns", usage.free_chunks as u64),
@@ -137,6 +141,50 @@ fn encode_usage(
     for (name, help, value) in gauges {
         let gauge = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(gauge)?;
+    }
+    Ok(())
+}
+
+type DeviceGauge = (&'static str, &'static str, fn(&DeviceUsage) -> u64);
+
+/// `device_in_service` is the one to alarm on.
+fn encode_devices(encoder: &mut DescriptorEncoder<'_>, engine: &Engine) -> Result<(), std::fmt::Error> {
+    let usages = engine.inspect(cairn_core::Core::devices);
+    let places = engine.devices().all();
+    let usage = |attached: &Option<Arc<Attached>>| {
+        attached.as_ref().and_then(|attached| usages.iter().find(|usage| usage.device == attached.id))
+    };
+    let in_service = |usage: &DeviceUsage| u64::from(usage.state != DeviceCondition::Lost);
+    let gauges: [DeviceGauge; 5] = [
+        ("device_in_service", "1 while the device takes part", in_service),
+        ("device_capacity_bytes", "Room for records", |usage| usage.capacity_bytes),
+        ("device_live_bytes", "Bytes of wanted records", |usage| usage.live_bytes),
+        ("device_live_blocks", "Wanted records", |usage| usage.live_blocks),
+        ("device_queued_blocks", "Blocks that wait to be written", |usage| usage.queued_blocks),
+    ];
+    let counters: [DeviceGauge; 6] = [
+        ("device_stored_bytes", "Bytes written for the first time", |usage| usage.counters.stored_bytes),
+        ("device_relocated_bytes", "Bytes written again to free segments", |usage| {
+            usage.counters.relocated_bytes
+        }),
+        ("device_read_bytes", "Block bytes read", |usage| usage.counters.read_bytes),
+        ("device_evicted_blocks", "Copies that made room", |usage| usage.counters.evicted_blocks),
+        ("device_corrupt_blocks", "Blocks whose bytes were wrong", |usage| usage.counters.corrupt_blocks),
+        ("device_errors", "Errors that the device returned", |usage| usage.counters.errors),
+    ];
+    for (kind, metrics) in [(MetricType::Gauge, &gauges[..]), (MetricType::Counter, &counters[..])] {
+        for (name, help, value) in metrics {
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for (path, attached) in &places {
+                let value = usage(attached).map_or(0, value);
+                let labels = [("device", path.display().to_string())];
+                let metric = family.encode_family(&labels)?;
+                match kind {
+                    MetricType::Counter => ConstCounter::new(value).encode(metric)?,
+                    _ => ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric)?,
+                }
+            }
+        }
     }
     Ok(())
 }

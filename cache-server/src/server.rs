@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::engine::{Engine, EngineError};
 use crate::metrics::Metrics;
 use crate::serve::{AdminService, CacheService, Context};
+use crate::tiers::nvme::fault::Faults;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -78,7 +79,15 @@ impl Server {
     /// # Errors
     /// When a setting cannot work, memory cannot be had or an address is taken.
     pub async fn start(config: Config) -> Result<Self, ServerError> {
-        let engine = Engine::new(&config)?;
+        Self::start_with(config, None).await
+    }
+
+    /// As [`Self::start`], with devices that misbehave as told. For tests.
+    ///
+    /// # Errors
+    /// See [`Self::start`].
+    pub async fn start_with(config: Config, faults: Option<Arc<Faults>>) -> Result<Self, ServerError> {
+        let engine = Engine::new(&config, faults)?;
         let listener = bind("listen", config.server.listen).await?;
         let http_listener = bind("http-listen", config.server.http_listen).await?;
         let local = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
@@ -95,6 +104,12 @@ impl Server {
             fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
             publish_idle: Duration::from_millis(config.limits.publish_idle_ms),
         };
+        for (path, _) in engine.devices().all() {
+            // A device that cannot be used is no reason to serve nothing.
+            if let Err(error) = engine.devices().attach(&engine, &path) {
+                tracing::error!(%error, "a device of the NVMe tier is not in service");
+            }
+        }
         let background = TaskTracker::new();
         background.spawn(tick(engine.clone(), stop.clone()));
         background.spawn(serve_http(http_listener, registry, stop.clone()));
@@ -128,6 +143,11 @@ impl Server {
         self.context.engine.inspect(|core| core.counters().clone())
     }
 
+    /// Every device in service, or lost since the start.
+    pub fn devices(&self) -> Vec<cairn_core::DeviceUsage> {
+        self.context.engine.inspect(cairn_core::Core::devices)
+    }
+
     /// Checks every invariant of the core. For tests: takes time in proportion to what is stored.
     ///
     /// # Errors
@@ -154,6 +174,12 @@ impl Server {
         self.context.transfers.close();
         let ended = tokio::time::timeout(self.grace, &mut self.grpc).await;
         self.grpc.abort();
+        let engine = &self.context.engine;
+        engine.devices().stop();
+        engine.tasks().close();
+        if tokio::time::timeout(self.grace, engine.tasks().wait()).await.is_err() {
+            tracing::warn!("work on devices was cut off at the end of the grace");
+        }
         if tokio::time::timeout(self.grace, self.background.wait()).await.is_err() {
             tracing::warn!("a connection to the metrics port stayed open");
         }
@@ -206,10 +232,12 @@ async fn tick(engine: Arc<Engine>, stop: CancellationToken) {
 fn prefault(engine: Arc<Engine>, stop: CancellationToken, background: &TaskTracker) {
     let cancelled = Arc::new(AtomicBool::new(false));
     let flag = cancelled.clone();
-    let work = background.spawn_blocking(move || match engine.arena().prefault(&cancelled) {
-        Ok(bytes) => tracing::debug!(mib = bytes >> 20, "host arena prefaulted"),
-        Err(error) => {
-            tracing::warn!(%error, "cannot take the host arena's memory at once; it is taken as it fills")
+    let work = background.spawn_blocking(move || {
+        match engine.arena().prefault(&cancelled, |count| engine.devices().chunks_ready(count)) {
+            Ok(bytes) => tracing::debug!(mib = bytes >> 20, "host arena prefaulted"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot take the host arena's memory at once; it is taken as it fills")
+            }
         }
     });
     background.spawn(async move {

@@ -41,4 +41,28 @@ impl CacheClient {
         let request = pb::FlushRequest { space_id: space.0.to_vec().into() };
         Ok(until(deadline, connection.admin.clone().flush(request)).await?.removed_blocks)
     }
+
+    /// Takes one of the server's configured directories into service.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or cannot use the directory.
+    pub async fn attach_device(&self, path: &str) -> Result<(), ClientError> {
+        let deadline = Instant::now() + self.options().connect_timeout;
+        let connection = self.connection(deadline).await.map_err(|_| self.unreachable())?;
+        let request = pb::AttachDeviceRequest { path: path.to_owned() };
+        until(deadline, connection.admin.clone().attach_device(request)).await?;
+        Ok(())
+    }
+
+    /// Takes one of the server's configured directories out of service.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or does not have the directory in service.
+    pub async fn detach_device(&self, path: &str) -> Result<(), ClientError> {
+        let deadline = Instant::now() + self.options().connect_timeout;
+        let connection = self.connection(deadline).await.map_err(|_| self.unreachable())?;
+        let request = pb::DetachDeviceRequest { path: path.to_owned() };
+        until(deadline, connection.admin.clone().detach_device(request)).await?;
+        Ok(())
+    }
 }

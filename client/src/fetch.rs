@@ -4,7 +4,7 @@ use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
 use crate::lease::Lease;
 use crate::lookup::Run;
-use cairn_proto::{MissReason, Outcome, Tier, pb};
+use cairn_proto::{MissReason, Outcome, pb};
 use cairn_transfer::Incoming;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,7 +72,17 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
                     report(connection, self.run.lease.clone(), corrupt);
                 }
             }
+            for loss in &chunk.losses {
+                let index = self.index(loss.block)?;
+                self.outcomes[index] = Outcome::Miss(MissReason::try_from(loss.reason())?);
+            }
         }
+    }
+
+    /// Where a block of the run is among the targets.
+    fn index(&self, block: u32) -> Result<usize, Status> {
+        let index = (block as usize).checked_sub(self.first).filter(|index| *index < self.targets.len());
+        index.ok_or_else(|| Status::internal("a block that was not asked for"))
     }
 
     /// Stores one piece. Returns the position of a block that is complete and wrong.
@@ -82,8 +92,7 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
         open: &mut [Option<Incoming>],
     ) -> Result<Option<u32>, Status> {
         let position = piece.block as usize;
-        let index = position.checked_sub(self.first).filter(|index| *index < self.targets.len());
-        let index = index.ok_or_else(|| Status::internal("a piece of a block that was not asked for"))?;
+        let index = self.index(piece.block)?;
         let target = self.targets[index].as_mut();
         let incoming = open[index]
             .get_or_insert_with(|| Incoming::new(&self.run.space.id(), &self.run.hashes[position]));
@@ -93,7 +102,7 @@ impl<T: AsMut<[u8]>> Receiver<'_, T> {
             return Ok(None);
         };
         if found == self.run.checksums[position] {
-            self.outcomes[index] = Outcome::Hit(Tier::Host);
+            self.outcomes[index] = Outcome::Hit(self.run.tiers[position]);
             return Ok(None);
         }
         tracing::warn!(hash = ?self.run.hashes[position], "a fetched block is corrupt");

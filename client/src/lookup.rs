@@ -2,7 +2,7 @@
 
 use crate::client::{CacheClient, reason, until};
 use crate::lease::Lease;
-use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, limits, pb, wire};
+use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, Tier, limits, pb, wire};
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::Status;
@@ -35,6 +35,8 @@ pub struct Run {
     pub(crate) space: KeySpace,
     pub(crate) hashes: Vec<BlockHash>,
     pub(crate) checksums: Vec<Checksum>,
+    /// Where each block was found.
+    pub(crate) tiers: Vec<Tier>,
 }
 
 impl Run {
@@ -104,6 +106,11 @@ fn parse(
         return Err(Status::internal("a lease on nothing"));
     }
     let lease = Arc::new(lease);
-    let run = Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums };
+    let tier = |outcome: &Outcome| match outcome {
+        Outcome::Hit(tier) => *tier,
+        _ => Tier::Host,
+    };
+    let tiers = outcomes[..hits].iter().map(tier).collect();
+    let run = Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums, tiers };
     Ok(Lookup { outcomes, run: Some(run) })
 }

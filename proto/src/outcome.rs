@@ -39,11 +39,13 @@ pub enum MissReason {
     Deadline,
     /// An administrator removed it.
     Removed,
+    /// The device that held it is out of service.
+    DeviceLost,
 }
 
 impl MissReason {
     /// All reasons, in wire order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::NeverStored,
         Self::Evicted,
         Self::NotAdmitted,
@@ -54,6 +56,7 @@ impl MissReason {
         Self::PeerDown,
         Self::Deadline,
         Self::Removed,
+        Self::DeviceLost,
     ];
 
     /// The name used in metrics and tables.
@@ -69,6 +72,7 @@ impl MissReason {
             Self::PeerDown => "peer_down",
             Self::Deadline => "deadline",
             Self::Removed => "removed",
+            Self::DeviceLost => "device_lost",
         }
     }
 }

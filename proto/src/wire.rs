@@ -116,6 +116,7 @@ impl From<MissReason> for pb::MissReason {
             MissReason::PeerDown => Self::PeerDown,
             MissReason::Deadline => Self::Deadline,
             MissReason::Removed => Self::Removed,
+            MissReason::DeviceLost => Self::DeviceLost,
         }
     }
 }

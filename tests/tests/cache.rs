@@ -338,7 +338,12 @@ async fn a_client_finds_its_server_again_after_a_restart() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_held_to_the_list_and_to_their_quota() {
     let mut config = config(64);
-    config.tenant = vec![cairn_server::TenantConfig { name: "t".into(), max_blocks: Some(5) }];
+    config.tenant = vec![cairn_server::TenantConfig {
+        name: "t".into(),
+        max_blocks: Some(5),
+        encryption_key_file: None,
+        encryption_key_command: None,
+    }];
     let (server, client) = server_and_client(config).await;
     let refused = client.open_space(&space("stranger")).await.unwrap_err();
     assert!(refused.message.contains("not configured"), "{refused}");

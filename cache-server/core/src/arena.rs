@@ -13,6 +13,11 @@ pub struct SlotId {
     pub index: u32,
 }
 
+impl SlotId {
+    /// No slot.
+    pub(crate) const NONE: Self = Self { chunk: u32::MAX, index: 0 };
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ClassId(pub(crate) u32);
 
@@ -120,6 +125,12 @@ impl Arena {
 
     pub(crate) fn chunk_count(&self, class: ClassId) -> usize {
         self.classes[class.0 as usize].chunks.len()
+    }
+
+    /// Slots that a class has or could have if nobody else took a free chunk.
+    pub(crate) fn reach(&self, class: ClassId) -> usize {
+        let class = &self.classes[class.0 as usize];
+        (class.chunks.len() + self.free_chunks.len()) * class.slots_per_chunk as usize
     }
 
     pub(crate) fn occupants(&self, chunk: u32) -> &[Occupant] {

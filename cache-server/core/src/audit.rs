@@ -1,6 +1,7 @@
 //! The invariants of a core, recounted from scratch. Costs time in proportion to everything held: for tests.
 
 use crate::arena::{ClassId, Occupant};
+use crate::disk::{DeviceState, Going, SegmentState};
 use crate::index::{EntryId, EntryState};
 use crate::reserve::PendingState;
 use crate::state::Core;
@@ -16,6 +17,7 @@ impl Core {
         self.audit_pins()?;
         self.audit_classes()?;
         self.audit_owners()?;
+        self.audit_devices()?;
         ensure(self.counters.balanced(), || format!("counters do not add up: {:?}", self.counters))
     }
 
@@ -23,11 +25,15 @@ impl Core {
     fn audit_slots(&self) -> Result<(), String> {
         let mut entries = 0;
         for (id, entry) in self.index.occupied() {
-            entries += 1;
-            let occupant = self.arena.occupants(entry.slot.chunk).get(entry.slot.index as usize);
-            ensure(occupant == Some(&Occupant::Block(id)), || {
-                format!("{id:?} is not in its slot: {occupant:?}")
-            })?;
+            if let Some(slot) = entry.slot() {
+                entries += 1;
+                let occupant = self.arena.occupants(slot.chunk).get(slot.index as usize);
+                ensure(occupant == Some(&Occupant::Block(id)), || {
+                    format!("{id:?} is not in its slot: {occupant:?}")
+                })?;
+            }
+            let somewhere = entry.slot().is_some() || entry.place().is_some();
+            ensure(somewhere || entry.state == EntryState::Doomed, || format!("{id:?} is nowhere"))?;
             let found = self.index.find(entry.space, &entry.hash);
             ensure((entry.state == EntryState::Resident) == (found == Some(id)), || {
                 format!("{id:?} is {:?} but the table finds {found:?}", entry.state)
@@ -35,6 +41,7 @@ impl Core {
         }
         let blocks = self.reservations.values().flat_map(|reservation| &reservation.blocks);
         let pending = blocks.filter(|block| matches!(block.state, PendingState::Slot(_))).count();
+        let pending = pending + self.loads.values().filter(|load| load.slot.is_some()).count();
         let recount = self.arena.recount();
         ensure(recount == (pending, entries), || {
             format!("slots {recount:?}, held {:?}", (pending, entries))
@@ -58,10 +65,17 @@ impl Core {
                 *pins.entry(reference.id).or_default() += 1;
             }
         }
+        let writes = self.disks.moves.values().filter_map(|going| match going {
+            Going::Write { entry, .. } => Some(*entry),
+            _ => None,
+        });
+        for reference in writes.chain(self.loads.values().map(|load| load.entry)) {
+            *pins.entry(reference.id).or_default() += 1;
+        }
         for (id, entry) in self.index.occupied() {
             let expected = pins.remove(&id).unwrap_or(0);
             ensure(entry.pins == expected, || format!("{id:?} has {} pins, not {expected}", entry.pins))?;
-            let at_rest = entry.ordered && entry.state == EntryState::Resident;
+            let at_rest = entry.ordered == entry.slot().is_some() && entry.state == EntryState::Resident;
             ensure(at_rest || entry.pins > 0, || format!("{id:?} is {:?} with no pin", entry.state))?;
         }
         ensure(pins.is_empty(), || format!("pins on entries that are gone: {pins:?}"))
@@ -75,6 +89,8 @@ impl Core {
             let blocks = self.index.occupied().map(|(_, entry)| entry);
             let blocks: Vec<_> =
                 blocks.filter(|e| e.state == EntryState::Resident && of_class(e.space)).collect();
+            resident += blocks.len();
+            let blocks: Vec<_> = blocks.into_iter().filter(|entry| entry.slot().is_some()).collect();
             let ordered = blocks.iter().filter(|entry| entry.ordered).count();
             ensure(class.policy.len() == ordered, || {
                 format!("class {position}: the policy orders {}, not {ordered}", class.policy.len())
@@ -83,8 +99,10 @@ impl Core {
             ensure(class.evictable == evictable, || {
                 format!("class {position}: {} evictable, not {evictable}", class.evictable)
             })?;
+            ensure(class.blocks == blocks.len(), || {
+                format!("class {position}: {} blocks, not {}", class.blocks, blocks.len())
+            })?;
             bytes += blocks.len() as u64 * class.slot_bytes;
-            resident += blocks.len();
         }
         ensure(bytes == self.resident_bytes, || {
             format!("{} resident bytes, not {bytes}", self.resident_bytes)
@@ -92,12 +110,52 @@ impl Core {
         ensure(resident == self.index.len(), || format!("{} indexed, {resident} resident", self.index.len()))
     }
 
+    /// Devices count what the index says they hold; only wanted copies are in their orders.
+    fn audit_devices(&self) -> Result<(), String> {
+        let mut pages: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut ordered = vec![0; self.disks.devices.len()];
+        for (id, entry) in self.index.occupied() {
+            let Some(place) = entry.place() else { continue };
+            *pages.entry(place.segment).or_default() += self.record_pages(entry.space);
+            let segment = &self.disks.segments[place.segment as usize];
+            ordered[segment.device] += usize::from(entry.disk.ordered);
+            let listed = segment.records.contains(&(place.page, self.index.reference(id)));
+            ensure(listed, || format!("{id:?} is not among the records of its segment"))?;
+            let lost = self.disks.devices[segment.device].state == DeviceState::Lost;
+            ensure(!lost || entry.state == EntryState::Doomed, || format!("{id:?} is on a lost device"))?;
+        }
+        for going in self.disks.moves.values() {
+            if let Going::Write { to, pages: more, relocation: true, .. } = going {
+                *pages.entry(to.segment).or_default() += more;
+            }
+        }
+        for (number, segment) in self.disks.segments.iter().enumerate() {
+            let live = pages.get(&(number as u32)).copied().unwrap_or(0);
+            ensure(segment.live_pages == live, || {
+                format!("segment {number} counts {} live pages, not {live}", segment.live_pages)
+            })?;
+            let free = self.disks.devices[segment.device].free.contains(&(number as u32));
+            ensure(free == (segment.state == SegmentState::Free), || {
+                format!("segment {number} is {:?}, free: {free}", segment.state)
+            })?;
+        }
+        for (number, device) in self.disks.devices.iter().enumerate() {
+            ensure(device.policy.len() == ordered[number], || {
+                format!("device {number} orders {}, not {}", device.policy.len(), ordered[number])
+            })?;
+        }
+        Ok(())
+    }
+
     /// Tenants, sessions and timers agree with what exists.
     fn audit_owners(&self) -> Result<(), String> {
         let mut slots = vec![0u64; self.spaces.tenants.len()];
         let tenant = |space: u32| self.spaces.classes[self.spaces[space].class.0 as usize].tenant;
-        for (_, entry) in self.index.occupied() {
+        for (_, entry) in self.index.occupied().filter(|(_, entry)| entry.slot().is_some()) {
             slots[tenant(entry.space)] += 1;
+        }
+        for load in self.loads.values().filter(|load| load.slot.is_some()) {
+            slots[tenant(self.index[load.entry.id].space)] += 1;
         }
         for reservation in self.reservations.values() {
             let pending = reservation.blocks.iter().filter(|b| matches!(b.state, PendingState::Slot(_)));

@@ -1,6 +1,6 @@
 //! The numbers that shape a core. Checked once, by [`crate::Core::new`].
 
-use crate::PolicyKind;
+use crate::{Admission, PolicyKind};
 use thiserror::Error;
 
 /// Settings of a [`crate::Core`].
@@ -14,7 +14,9 @@ pub struct CoreConfig {
     pub slot_align_bytes: u64,
     /// What leaves when there is no room.
     pub policy: PolicyKind,
-    /// Tenants and how many blocks each may hold. Empty: any tenant, no quota.
+    /// Which blocks are written to devices.
+    pub admission: Admission,
+    /// Tenants and how many blocks each may hold in host memory. Empty: any tenant, no quota.
     pub tenants: Vec<TenantQuota>,
     /// Removed blocks that `Explain` remembers. 40 bytes each.
     pub history_entries: usize,

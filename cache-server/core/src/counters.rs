@@ -19,6 +19,8 @@ pub struct Counters {
     pub duplicate_blocks: u64,
     /// Had to make room.
     pub evicted_blocks: u64,
+    /// Left host memory and stayed on a device.
+    pub demoted_blocks: u64,
     /// Left because their bytes were wrong.
     pub quarantined_blocks: u64,
     /// Offered and not given room.
@@ -40,7 +42,9 @@ pub struct Usage {
     pub reservations: usize,
     /// Committed blocks in the index.
     pub resident_blocks: usize,
-    /// Bytes of the slots of resident blocks.
+    /// Those of them that are in host memory.
+    pub host_blocks: usize,
+    /// Bytes of the slots of blocks in host memory.
     pub resident_bytes: u64,
     /// Slots that hold anything: resident, reserved, or removed but still read.
     pub used_slots: usize,

@@ -1,6 +1,7 @@
 //! What can happen to a core, and what follows. Plain data: no behaviour.
 
-use crate::SlotId;
+use crate::moves::{DeviceId, Ended, Found, Load, LoadId, Move, MoveId, ScrubItem};
+use crate::{DeviceConfig, EntryId, SlotId};
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, SpaceId, Tier};
 use thiserror::Error;
 
@@ -142,6 +143,74 @@ pub enum Event<'a> {
         /// Which, best in chain order: what is known of one block then serves for the next.
         hashes: &'a [BlockHash],
     },
+    /// A reader in [`Event::BeginRead`] needs one block that is not in host memory.
+    Load {
+        /// Which lease.
+        lease: LeaseId,
+        /// Position in its run.
+        position: usize,
+    },
+    /// A block arrived from a device and matches its checksum, or not.
+    EndLoad {
+        /// Which.
+        load: LoadId,
+        /// How.
+        ended: Ended,
+    },
+    /// A device is there; what it holds is not known yet.
+    AttachDevice(&'a DeviceConfig),
+    /// One segment of a device being attached was read.
+    Recovered {
+        /// Which device.
+        device: DeviceId,
+        /// Which segment of it.
+        segment: u32,
+        /// The segment's generation.
+        generation: u64,
+        /// Whether it has a summary.
+        sealed: bool,
+        /// Its records.
+        found: &'a [Found],
+    },
+    /// All segments of a device were read.
+    RecoveryDone {
+        /// Which.
+        device: DeviceId,
+        /// Numbers up to this one were used.
+        sequence: u64,
+    },
+    /// A device is gone or taken away.
+    LoseDevice(DeviceId),
+    /// A device can take more work.
+    PlanMoves {
+        /// Which.
+        device: DeviceId,
+        /// Bytes that may be written in addition to what is going on.
+        room_bytes: u64,
+        /// Whether to make finished writes durable now.
+        sync: bool,
+    },
+    /// A move ended.
+    EndMove {
+        /// Which.
+        id: MoveId,
+        /// How.
+        ended: Ended,
+    },
+    /// The scrubber wants the next block of a device.
+    BeginScrub {
+        /// Which device.
+        device: DeviceId,
+        /// The block before; `None` for the first.
+        after: Option<EntryId>,
+    },
+    /// The scrubber checked a block.
+    EndScrub {
+        /// Which.
+        load: LoadId,
+        /// With what result.
+        ended: Ended,
+    },
     /// Time went by.
     Tick,
 }
@@ -153,6 +222,8 @@ pub struct Effects {
     pub reply: Reply,
     /// Blocks that left the index.
     pub removed: Vec<Removed>,
+    /// Devices that went out of service.
+    pub lost: Vec<DeviceId>,
 }
 
 /// A block that left the index.
@@ -165,7 +236,7 @@ pub struct Removed {
 }
 
 /// The answer to one event.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub enum Reply {
     /// Nothing to say.
     #[default]
@@ -202,6 +273,14 @@ pub enum Reply {
         /// The granted blocks.
         slots: Vec<FillSlot>,
     },
+    /// To [`Event::Load`].
+    Load(Load),
+    /// To [`Event::AttachDevice`].
+    Device(DeviceId),
+    /// To [`Event::PlanMoves`].
+    Moves(Vec<Move>),
+    /// To [`Event::BeginScrub`]: `None` after the last block.
+    Scrub(Option<ScrubItem>),
     /// To [`Event::Commit`].
     Committed(CommitOutcome),
     /// To [`Event::Flush`]: how many blocks left the index.
@@ -215,8 +294,8 @@ pub enum Reply {
 /// A slot to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadSlot {
-    /// Where the bytes are.
-    pub slot: SlotId,
+    /// Where the bytes are; `None` when they must be loaded first.
+    pub slot: Option<SlotId>,
     /// Whose they are.
     pub hash: BlockHash,
     /// What they must add up to.
@@ -267,8 +346,10 @@ pub enum CommitOutcome {
 pub enum BlockState {
     /// Resident.
     Resident {
-        /// In this tier.
+        /// In this tier, or in this and slower ones.
         tier: Tier,
+        /// Whether a copy of it survives a loss of power.
+        durable: bool,
         /// Size of its slot.
         bytes: u64,
         /// Leases on it now.
@@ -292,8 +373,12 @@ pub enum BlockState {
 /// One space's share, for administrators.
 #[derive(Clone, Debug)]
 pub struct SpaceUsage {
-    /// The space.
-    pub space: KeySpace,
+    /// Its id.
+    pub id: SpaceId,
+    /// The space, once a client declared it.
+    pub space: Option<KeySpace>,
+    /// Bytes of one block.
+    pub block_bytes: u64,
     /// Its blocks.
     pub resident_blocks: u64,
 }

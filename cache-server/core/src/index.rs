@@ -1,6 +1,8 @@
 //! The index: which blocks are resident, by (space, hash). Entries live in a slab; ids are reused, so every stored
 //! reference to an entry carries its generation.
 
+use crate::disk::Place;
+use crate::policy::{Blocks, Member};
 use crate::{Millis, SlotId};
 use cairn_proto::{BlockHash, Checksum};
 use hashbrown::HashTable;
@@ -16,21 +18,42 @@ pub(crate) struct EntryRef {
     generation: u32,
 }
 
-/// One committed block.
+/// One committed block: in host memory, on a device, or both.
 pub(crate) struct Entry {
     pub(crate) hash: BlockHash,
     /// The block before it; `None` at the start of a prompt. A hash, not a reference: the parent may leave and return.
     pub(crate) parent: Option<BlockHash>,
     pub(crate) checksum: Checksum,
     pub(crate) touched: Millis,
-    pub(crate) slot: SlotId,
+    slot: SlotId,
+    place: Place,
     pub(crate) space: u32,
-    /// Leases and reservations that hold the block in place.
+    /// Leases, reservations and moves that hold the block in place.
     pub(crate) pins: u32,
     generation: u32,
     pub(crate) state: EntryState,
-    /// Whether the eviction policy knows it. It does not while the fill that committed it goes on.
+    /// Whether the host tier's policy knows it. It does not while the fill that committed it goes on.
     pub(crate) ordered: bool,
+    pub(crate) disk: DiskState,
+    /// Blocks before it in its chain, as far as they can be told apart.
+    pub(crate) depth: u16,
+}
+
+/// What goes on between a block and the devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DiskState {
+    /// Whether a device's policy knows it.
+    pub(crate) ordered: bool,
+    /// It waits to be written.
+    pub(crate) queued: bool,
+    /// A copy of it is being written.
+    pub(crate) writing: bool,
+    /// Its copy is being read into a host slot.
+    pub(crate) loading: bool,
+    /// Its copy survives a loss of power.
+    pub(crate) durable: bool,
+    /// It was found at least once.
+    pub(crate) reused: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +62,45 @@ pub(crate) enum EntryState {
     Free,
     /// In the table.
     Resident,
-    /// Out of the table; its slot is freed when the last lease ends.
+    /// Out of the table; what it holds is freed when the last pin is gone.
     Doomed,
+}
+
+impl Entry {
+    /// Where it is in host memory.
+    pub(crate) fn slot(&self) -> Option<SlotId> {
+        (self.slot != SlotId::NONE).then_some(self.slot)
+    }
+
+    pub(crate) fn set_slot(&mut self, slot: Option<SlotId>) {
+        self.slot = slot.unwrap_or(SlotId::NONE);
+    }
+
+    /// Where it is on a device.
+    pub(crate) fn place(&self) -> Option<Place> {
+        (self.place != Place::NONE).then_some(self.place)
+    }
+
+    pub(crate) fn set_place(&mut self, place: Option<Place>) {
+        self.place = place.unwrap_or(Place::NONE);
+    }
+
+    /// The block as policies see it.
+    pub(crate) fn member(&self, id: EntryId) -> Member {
+        let [first, ..] = self.hash.0.as_chunks::<8>().0 else { unreachable!("a hash has 32 bytes") };
+        let space = u64::from(self.space).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        Member { id, key: u64::from_le_bytes(*first) ^ space }
+    }
+}
+
+impl Blocks for Index {
+    fn may_leave(&self, id: EntryId) -> bool {
+        self[id].pins == 0
+    }
+
+    fn key(&self, id: EntryId) -> u64 {
+        self[id].member(id).key
+    }
 }
 
 pub(crate) struct Index {
@@ -67,11 +127,10 @@ impl Index {
         self.table.find(mix(self.seed, space, hash), matches).map(|id| EntryId(*id))
     }
 
-    /// Adds a resident block that is not there yet.
+    /// Adds a resident block that is not there yet. It is nowhere, until somebody says where.
     pub(crate) fn insert(
         &mut self,
         (space, hash): (u32, BlockHash),
-        slot: SlotId,
         checksum: Checksum,
         parent: Option<BlockHash>,
     ) -> EntryId {
@@ -82,12 +141,15 @@ impl Index {
             checksum,
             touched: Millis(0),
             parent,
-            slot,
+            slot: SlotId::NONE,
+            place: Place::NONE,
             space,
             pins: 0,
             generation,
             state: EntryState::Resident,
             ordered: false,
+            disk: DiskState::default(),
+            depth: 0,
         };
         match self.entries.get_mut(id as usize) {
             Some(place) => *place = entry,
@@ -130,6 +192,19 @@ impl Index {
         same.then_some(reference.id)
     }
 
+    /// The entry, if it is still the same, in the table or not.
+    pub(crate) fn occupied_by(&self, reference: EntryRef) -> Option<EntryId> {
+        let entry = &self[reference.id];
+        let same = entry.generation == reference.generation && entry.state != EntryState::Free;
+        same.then_some(reference.id)
+    }
+
+    /// Resident and doomed entries, from one position on.
+    pub(crate) fn occupied_from(&self, first: u32) -> impl Iterator<Item = (EntryId, &Entry)> {
+        let rest = self.entries.iter().enumerate().skip(first as usize);
+        rest.filter(|(_, entry)| entry.state != EntryState::Free).map(|(i, entry)| (EntryId(i as u32), entry))
+    }
+
     /// Resident and doomed entries.
     pub(crate) fn occupied(&self) -> impl Iterator<Item = (EntryId, &Entry)> {
         let occupied = |(i, entry)| (EntryId(i as u32), entry);
@@ -155,6 +230,22 @@ impl std::ops::IndexMut<EntryId> for Index {
     }
 }
 
+/// The index as a device's policy sees it.
+pub(crate) struct OnDisk<'a>(pub(crate) &'a Index);
+
+impl Blocks for OnDisk<'_> {
+    /// A copy may go if nobody reads or writes it, and nobody counts on it.
+    fn may_leave(&self, id: EntryId) -> bool {
+        let entry = &self.0[id];
+        let held = entry.pins > 0 && entry.slot().is_none();
+        entry.place().is_some() && !entry.disk.loading && !entry.disk.writing && !held
+    }
+
+    fn key(&self, id: EntryId) -> u64 {
+        self.0.key(id)
+    }
+}
+
 /// Seeded position of a key: two folded 64×64→128 bit products, as in wyhash.
 fn mix(seed: [u64; 2], space: u32, hash: &BlockHash) -> u64 {
     let (words, _) = hash.0.as_chunks::<8>();
@@ -174,7 +265,11 @@ mod tests {
     fn an_entry_keeps_to_its_budget() {
         // Table position and control byte at the lowest load factor (7/16), entry, policy node, slot occupant.
         let table = 5.0 * 16.0 / 7.0;
-        let bytes = table + size_of::<Entry>() as f64 + size_of::<crate::policy::Node>() as f64 + 4.0;
+        let node = size_of::<crate::policy::Node>() as f64;
+        let bytes = table + size_of::<Entry>() as f64 + node + 4.0;
         assert!(bytes <= 160.0, "{bytes} bytes a block");
+        // On a device as well: a second policy node, and the segment's list of records.
+        let bytes = bytes + node + 8.0;
+        assert!(bytes <= 184.0, "{bytes} bytes a block with a device");
     }
 }

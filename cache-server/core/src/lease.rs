@@ -1,6 +1,6 @@
 //! Reading: lookups, leases, and reads in progress.
 
-use crate::index::EntryId;
+use crate::index::{EntryId, EntryState};
 use crate::state::Core;
 use crate::timers::Timer;
 use crate::{LeaseId, Millis, ReadSlot, Refusal, Reply, SessionId};
@@ -16,6 +16,8 @@ pub(crate) struct Lease {
     pub(crate) reads: u32,
     /// Ended while a read was in progress: invisible to its session, released with the last read.
     pub(crate) ended: bool,
+    /// Blocks of it were brought into host memory, in whatever order they arrived.
+    pub(crate) loaded: bool,
 }
 
 impl Core {
@@ -35,7 +37,12 @@ impl Core {
         self.spaces.class_of(space).used = now;
         let busy = held >= self.config.max_leases_per_session;
         let mut outcomes = Vec::with_capacity(hashes.len());
-        outcomes.resize(run.len(), if busy { Outcome::Busy } else { Outcome::Hit(Tier::Host) });
+        let outcome = |id: &EntryId| match self.index[*id].slot() {
+            _ if busy => Outcome::Busy,
+            Some(_) => Outcome::Hit(Tier::Host),
+            None => Outcome::Hit(Tier::Nvme),
+        };
+        outcomes.extend(run.iter().map(outcome));
         if let Some(hole) = hashes.get(run.len()) {
             let reason = match self.index.find(space, hole) {
                 // It is there, but not after these blocks.
@@ -49,11 +56,12 @@ impl Core {
         if run.is_empty() || busy {
             return Ok(Reply::Found { lease: None, outcomes, checksums: Vec::new() });
         }
-        let checksums = self.touch_and_pin(now, space, &run);
+        let checksums = self.touch_and_pin(now, &run);
         let lease = LeaseId(self.next_id());
         let deadline = now.plus(u64::from(ttl_ms));
         self.timers.set(deadline, Timer::Lease(lease));
-        self.leases.insert(lease, Lease { session, space, deadline, run, reads: 0, ended: false });
+        self.leases
+            .insert(lease, Lease { session, space, deadline, run, reads: 0, ended: false, loaded: false });
         self.session(session)?.leases.insert(lease);
         Ok(Reply::Found { lease: Some(lease), outcomes, checksums })
     }
@@ -73,21 +81,39 @@ impl Core {
     }
 
     /// Tail first, so that the head of the chain ends most recent.
-    fn touch_and_pin(&mut self, now: Millis, space: u32, run: &[EntryId]) -> Vec<cairn_proto::Checksum> {
-        let class = self.spaces.class_of(space);
+    fn touch_and_pin(&mut self, now: Millis, run: &[EntryId]) -> Vec<cairn_proto::Checksum> {
         let mut checksums = Vec::with_capacity(run.len());
         for id in run.iter().rev() {
-            let entry = &mut self.index[*id];
-            entry.touched = now;
-            class.evictable -= usize::from(entry.pins == 0);
-            entry.pins += 1;
-            checksums.push(entry.checksum);
-            if entry.ordered {
-                class.policy.touch(&mut self.nodes, *id);
-            }
+            self.pin(*id);
+            self.index[*id].touched = now;
+            checksums.push(self.index[*id].checksum);
+            self.touch(*id);
+            self.used_again(*id);
         }
+        self.settle(run.first().copied());
         checksums.reverse();
         checksums
+    }
+
+    /// A request is over: the policies that saw its blocks are told.
+    pub(crate) fn settle(&mut self, one: Option<EntryId>) {
+        let Some(id) = one else { return };
+        let entry = &self.index[id];
+        let place = entry.place();
+        self.spaces.class_of(entry.space).policy.settle(&mut self.nodes);
+        if let Some(place) = place {
+            self.disks.device_of(place).policy.settle(&mut self.disk_nodes);
+        }
+    }
+
+    /// A block was used: every tier that has it is told.
+    pub(crate) fn touch(&mut self, id: EntryId) {
+        let entry = &self.index[id];
+        if entry.ordered {
+            let member = entry.member(id);
+            self.spaces.class_of(entry.space).policy.touch(&mut self.nodes, member);
+        }
+        self.touch_disk(id);
     }
 
     pub(crate) fn renew(
@@ -127,19 +153,32 @@ impl Core {
         };
         let slot = |id: &EntryId| {
             let entry = &self.index[*id];
-            ReadSlot { slot: entry.slot, hash: entry.hash, checksum: entry.checksum }
+            ReadSlot { slot: entry.slot(), hash: entry.hash, checksum: entry.checksum }
         };
         let slots = run.iter().map(slot).collect();
         lease.reads += 1;
-        Ok(Reply::Read { space: self.spaces[lease.space].key.id(), slots })
+        Ok(Reply::Read { space: self.spaces[lease.space].id, slots })
     }
 
-    pub(crate) fn end_read(&mut self, id: LeaseId) {
+    pub(crate) fn end_read(&mut self, now: Millis, id: LeaseId) {
         let Some(lease) = self.leases.get_mut(&id) else {
             return;
         };
         lease.reads -= 1;
-        if lease.ended && lease.reads == 0 {
+        if lease.reads > 0 {
+            return;
+        }
+        let ended = lease.ended;
+        if std::mem::take(&mut lease.loaded) {
+            let run = lease.run.clone();
+            for id in run.into_iter().rev() {
+                if self.index[id].state == EntryState::Resident {
+                    self.index[id].touched = now;
+                    self.touch(id);
+                }
+            }
+        }
+        if ended {
             self.free_lease(id);
         }
     }

@@ -10,12 +10,18 @@ mod arena;
 mod audit;
 mod config;
 mod counters;
+mod disk;
 mod event;
 mod history;
 mod index;
 mod lease;
+mod load;
+mod moves;
+mod nvme;
 pub mod policy;
+pub mod replay;
 mod reserve;
+mod reuse;
 mod spaces;
 mod state;
 mod timers;
@@ -23,9 +29,16 @@ mod timers;
 pub use arena::SlotId;
 pub use config::{ConfigError, CoreConfig, TenantQuota};
 pub use counters::{Counters, Usage};
+pub use disk::{DeviceConfig, HEADER_PAGES, PAGE_BYTES, SUMMARY_RECORD_BYTES, record_pages, summary_pages};
 pub use event::{
     BlockState, CommitOutcome, Effects, Event, FillSlot, Grant, LeaseId, Millis, ReadSlot, Refusal, Removed,
     Reply, ReservationId, SessionId, SpaceUsage,
 };
+pub use index::EntryId;
+pub use moves::{
+    DeviceCondition, DeviceCounters, DeviceId, DeviceUsage, DiskPlace, Ended, Found, Load, LoadId, Move,
+    MoveId, Record, ScrubItem, Source, Work,
+};
+pub use nvme::Admission;
 pub use policy::PolicyKind;
 pub use state::Core;

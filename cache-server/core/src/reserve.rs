@@ -137,7 +137,7 @@ impl Core {
             _ => None,
         };
         let slots = reservation.blocks.iter().enumerate().filter_map(slot).collect();
-        Ok(Reply::Fill { space: self.spaces[reservation.space].key.id(), slots })
+        Ok(Reply::Fill { space: self.spaces[reservation.space].id, slots })
     }
 
     pub(crate) fn commit(
@@ -167,12 +167,14 @@ impl Core {
                 (first, CommitOutcome::Duplicate)
             }
             None => {
-                let entry = self.index.insert((space, hash), slot, sum, parent);
-                self.index[entry].touched = now;
+                let entry = self.index.insert((space, hash), sum, parent.map(|id| self.index[id].hash));
+                let depth = parent.map_or(0, |id| self.index[id].depth.saturating_add(1));
+                let place = &mut self.index[entry];
+                place.touched = now;
+                place.depth = depth;
+                place.set_slot(Some(slot));
                 self.arena.occupy(slot, entry);
-                let class = self.spaces.class_of(space);
-                class.evictable += 1;
-                self.resident_bytes += class.slot_bytes;
+                self.enter_host(entry);
                 self.spaces[space].resident += 1;
                 self.counters.committed_blocks += 1;
                 (entry, CommitOutcome::Committed)
@@ -185,8 +187,8 @@ impl Core {
         outcome
     }
 
-    /// The hash of the resident block before `block`; `None` at the start of a prompt.
-    fn parent_of(&self, reservation: &Reservation, block: usize) -> Result<Option<BlockHash>, ()> {
+    /// The resident block before `block`; `None` at the start of a prompt.
+    fn parent_of(&self, reservation: &Reservation, block: usize) -> Result<Option<EntryId>, ()> {
         let parent = match block.checked_sub(1) {
             None => match reservation.parent {
                 None => return Ok(None),
@@ -197,7 +199,7 @@ impl Core {
                 _ => return Err(()),
             },
         };
-        self.index.resident(parent).map(|id| Some(self.index[id].hash)).ok_or(())
+        self.index.resident(parent).map(Some).ok_or(())
     }
 
     pub(crate) fn end_fill(&mut self, now: Millis, id: ReservationId) {
@@ -278,21 +280,24 @@ impl Core {
             }
         }
         self.touch_ancestors(now, space, reservation.parent);
+        self.spaces.class_of(space).policy.settle(&mut self.nodes);
         if let Some(parent) = reservation.parent {
             self.unpin(parent.id);
         }
     }
 
     /// Inserts a new block into its policy, or touches an old one.
-    fn order(&mut self, now: Millis, id: EntryId) {
+    pub(crate) fn order(&mut self, now: Millis, id: EntryId) {
         let entry = &mut self.index[id];
         entry.touched = entry.touched.max(now);
-        let policy = &mut self.spaces.class_of(entry.space).policy;
-        if std::mem::replace(&mut entry.ordered, true) {
-            policy.touch(&mut self.nodes, id);
-        } else {
-            policy.insert(&mut self.nodes, id);
+        if entry.ordered || entry.slot().is_none() {
+            self.touch(id);
+            return;
         }
+        entry.ordered = true;
+        let member = entry.member(id);
+        self.spaces.class_of(entry.space).policy.insert(&mut self.nodes, member);
+        self.first_use(id);
     }
 
     fn touch_ancestors(&mut self, now: Millis, space: u32, from: Option<EntryRef>) {
@@ -301,36 +306,31 @@ impl Core {
             let Some(id) = next else { return };
             let entry = &mut self.index[id];
             entry.touched = entry.touched.max(now);
-            if entry.ordered {
-                self.spaces.class_of(space).policy.touch(&mut self.nodes, id);
-            }
+            self.touch(id);
             next = self.index[id].parent.and_then(|hash| self.index.find(space, &hash));
         }
     }
 
     fn pinned(&mut self, id: EntryId) -> EntryRef {
-        let entry = &mut self.index[id];
-        let first = entry.pins == 0;
-        entry.pins += 1;
-        let space = entry.space;
-        self.spaces.class_of(space).evictable -= usize::from(first);
+        self.pin(id);
         self.index.reference(id)
     }
 
     /// A slot for a block of `space`, at the price of other blocks if need be.
-    fn make_room(&mut self, now: Millis, space: u32, effects: &mut Effects) -> Option<SlotId> {
+    pub(crate) fn make_room(&mut self, now: Millis, space: u32, effects: &mut Effects) -> Option<SlotId> {
         let class_id = self.spaces[space].class;
         let tenant = self.spaces.classes[class_id.0 as usize].tenant;
+        self.resize_policy(class_id);
         if self.spaces.tenants[tenant].at_quota() {
             let victim = self.victim_of_tenant(tenant, class_id)?;
-            self.remove(now, victim, MissReason::Evicted, effects);
+            self.evict_from_host(now, victim, effects);
         }
         let slot = match self.arena.take(class_id) {
             Some(slot) => slot,
             None => {
                 if !self.take_over_chunk(now, class_id, effects) {
                     let victim = self.victim_of_class(class_id)?;
-                    self.remove(now, victim, MissReason::Evicted, effects);
+                    self.evict_from_host(now, victim, effects);
                 }
                 self.arena.take(class_id)?
             }
@@ -339,18 +339,31 @@ impl Core {
         Some(slot)
     }
 
-    fn victim_of_tenant(&self, tenant: usize, first: ClassId) -> Option<EntryId> {
-        let of_tenant = |id: &ClassId| self.spaces.classes[id.0 as usize].tenant == tenant;
-        let others = (0..self.spaces.classes.len() as u32).map(ClassId).filter(|id| *id != first);
-        std::iter::once(first).chain(others.filter(of_tenant)).find_map(|id| self.victim_of_class(id))
+    /// Tells a class's policy how many blocks there may be at present.
+    fn resize_policy(&mut self, class_id: ClassId) {
+        let class = &mut self.spaces.classes[class_id.0 as usize];
+        let quota = self.spaces.tenants[class.tenant].max_blocks.unwrap_or(u64::MAX);
+        let capacity = self.arena.reach(class_id).min(usize::try_from(quota).unwrap_or(usize::MAX));
+        if class.capacity != capacity {
+            class.capacity = capacity;
+            class.policy.resize(capacity);
+        }
     }
 
-    fn victim_of_class(&self, id: ClassId) -> Option<EntryId> {
-        let class = &self.spaces.classes[id.0 as usize];
+    fn victim_of_tenant(&mut self, tenant: usize, first: ClassId) -> Option<EntryId> {
+        let classes = &self.spaces.classes;
+        let others = (0..classes.len() as u32).map(ClassId).filter(|id| *id != first);
+        let others = others.filter(|id| classes[id.0 as usize].tenant == tenant);
+        let ordered: Vec<ClassId> = std::iter::once(first).chain(others).collect();
+        ordered.into_iter().find_map(|id| self.victim_of_class(id))
+    }
+
+    fn victim_of_class(&mut self, id: ClassId) -> Option<EntryId> {
+        let class = &mut self.spaces.classes[id.0 as usize];
         if class.evictable == 0 {
             return None;
         }
-        class.policy.victim(&self.nodes, &|id| self.index[id].pins == 0)
+        class.policy.victim(&mut self.nodes, &self.index)
     }
 
     /// Empties a chunk of a class that has more than its fair share, or that is idle, when `class` has less than its
@@ -378,16 +391,19 @@ impl Core {
         };
         let blocks: Vec<EntryId> = self.arena.occupants(chunk).iter().filter_map(block).collect();
         for id in blocks {
-            self.remove(now, id, MissReason::Evicted, effects);
+            self.evict_from_host(now, id, effects);
         }
         true
     }
 
     /// The chunk of the oldest block that its policy would evict next; if something in it is pinned, the coldest chunk
     /// without pins.
-    fn chunk_to_empty(&self, donors: &[ClassId]) -> Option<u32> {
-        let victims = donors.iter().filter_map(|donor| self.victim_of_class(*donor));
-        let by_policy = victims.map(|id| (self.index[id].touched, self.index[id].slot.chunk)).min();
+    fn chunk_to_empty(&mut self, donors: &[ClassId]) -> Option<u32> {
+        let victims: Vec<EntryId> = donors.iter().filter_map(|donor| self.victim_of_class(*donor)).collect();
+        let by_policy = victims
+            .into_iter()
+            .map(|id| (self.index[id].touched, self.index[id].slot().map_or(0, |slot| slot.chunk)))
+            .min();
         if let Some((_, chunk)) = by_policy
             && self.last_touch(chunk).is_some()
         {

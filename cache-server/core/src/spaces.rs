@@ -5,9 +5,13 @@ use crate::policy::Policy;
 use crate::{CoreConfig, Millis, Refusal};
 use cairn_proto::{KeySpace, SpaceId};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 pub(crate) struct Space {
-    pub(crate) key: KeySpace,
+    pub(crate) id: SpaceId,
+    /// As declared; unknown while only devices remember the space.
+    pub(crate) key: Option<KeySpace>,
+    pub(crate) block_bytes: u64,
     pub(crate) class: ClassId,
     pub(crate) resident: u64,
 }
@@ -16,14 +20,18 @@ pub(crate) struct Class {
     pub(crate) tenant: usize,
     pub(crate) slot_bytes: u64,
     pub(crate) policy: Box<dyn Policy>,
-    /// Resident blocks without pins.
+    /// Blocks in host memory.
+    pub(crate) blocks: usize,
+    /// Those of them without pins.
     pub(crate) evictable: usize,
+    /// Room that the policy knows of.
+    pub(crate) capacity: usize,
     /// When anything of the class was last asked for or offered.
     pub(crate) used: Millis,
 }
 
 pub(crate) struct Tenant {
-    name: String,
+    pub(crate) name: Arc<str>,
     pub(crate) max_blocks: Option<u64>,
     /// Slots in use: resident, reserved, or removed but still read.
     pub(crate) slots: u64,
@@ -48,7 +56,7 @@ pub(crate) struct Spaces {
 impl Spaces {
     pub(crate) fn new(config: &CoreConfig) -> Self {
         let tenant = |quota: &crate::TenantQuota| Tenant {
-            name: quota.name.clone(),
+            name: quota.name.as_str().into(),
             max_blocks: quota.max_blocks,
             slots: 0,
         };
@@ -66,42 +74,65 @@ impl Spaces {
         self.by_id.get(id).copied().ok_or(Refusal::UnknownSpace)
     }
 
-    /// Adds a space in an existing or new class.
+    /// Adds a space in an existing or new class, or completes one that only devices remembered.
     pub(crate) fn open(
         &mut self,
         key: &KeySpace,
         slot_bytes: u64,
         new_class: impl FnOnce() -> (ClassId, Box<dyn Policy>),
     ) -> Result<(), Refusal> {
-        if self.by_id.contains_key(&key.id()) {
-            return Ok(());
+        let names = (key.id(), &*key.parts().tenant);
+        let space = self.enter(names, (key.block_bytes(), slot_bytes), new_class)?;
+        self.spaces[space as usize].key.get_or_insert_with(|| key.clone());
+        Ok(())
+    }
+
+    /// The space with this id, which is added if it is new.
+    pub(crate) fn enter(
+        &mut self,
+        (id, tenant): (SpaceId, &str),
+        (block_bytes, slot_bytes): (u64, u64),
+        new_class: impl FnOnce() -> (ClassId, Box<dyn Policy>),
+    ) -> Result<u32, Refusal> {
+        if let Some(space) = self.by_id.get(&id) {
+            return Ok(*space);
         }
         if self.spaces.len() >= self.max {
             return Err(Refusal::TooMany { what: "key spaces on this server", max: self.max });
         }
-        let tenant = self.tenant(&key.parts().tenant)?;
+        let tenant = self.tenant(tenant)?;
         let same = |class: &Class| class.tenant == tenant && class.slot_bytes == slot_bytes;
         let class = match self.classes.iter().position(same) {
             Some(position) => ClassId(position as u32),
             None => {
                 let (id, policy) = new_class();
-                self.classes.push(Class { tenant, slot_bytes, policy, evictable: 0, used: Millis(0) });
+                let used = Millis(0);
+                self.classes.push(Class {
+                    tenant,
+                    slot_bytes,
+                    policy,
+                    blocks: 0,
+                    evictable: 0,
+                    capacity: 0,
+                    used,
+                });
                 id
             }
         };
-        self.by_id.insert(key.id(), self.spaces.len() as u32);
-        self.spaces.push(Space { key: key.clone(), class, resident: 0 });
-        Ok(())
+        let space = self.spaces.len() as u32;
+        self.by_id.insert(id, space);
+        self.spaces.push(Space { id, key: None, block_bytes, class, resident: 0 });
+        Ok(space)
     }
 
     fn tenant(&mut self, name: &str) -> Result<usize, Refusal> {
-        if let Some(position) = self.tenants.iter().position(|tenant| tenant.name == name) {
+        if let Some(position) = self.tenants.iter().position(|tenant| &*tenant.name == name) {
             return Ok(position);
         }
         if !self.open_to_all {
             return Err(Refusal::UnknownTenant(name.to_owned()));
         }
-        self.tenants.push(Tenant { name: name.to_owned(), max_blocks: None, slots: 0 });
+        self.tenants.push(Tenant { name: name.into(), max_blocks: None, slots: 0 });
         Ok(self.tenants.len() - 1)
     }
 

@@ -2,11 +2,15 @@
 //! reading is in `lease`, writing in `reserve`.
 
 use crate::arena::Arena;
+use crate::disk::Disks;
 use crate::history::History;
 use crate::index::{EntryId, EntryState, Index};
 use crate::lease::Lease;
-use crate::policy::Nodes;
+use crate::load::Loading;
+use crate::moves::{LoadId, Record};
+use crate::policy::{Left, Nodes};
 use crate::reserve::{MAX_ANCESTOR_WALK, Reservation};
+use crate::reuse::Reuse;
 use crate::spaces::Spaces;
 use crate::timers::Timers;
 use crate::{
@@ -35,7 +39,12 @@ pub struct Core {
     pub(crate) timers: Timers,
     pub(crate) history: History,
     pub(crate) counters: Counters,
+    /// Of host memory.
     pub(crate) resident_bytes: u64,
+    pub(crate) disks: Disks,
+    pub(crate) disk_nodes: Nodes,
+    pub(crate) loads: BTreeMap<LoadId, Loading>,
+    pub(crate) reuse: Reuse,
     last_id: u64,
 }
 
@@ -58,6 +67,10 @@ impl Core {
             history: History::new(config.history_entries),
             counters: Counters::default(),
             resident_bytes: 0,
+            disks: Disks::default(),
+            disk_nodes: Nodes::default(),
+            loads: BTreeMap::new(),
+            reuse: Reuse::default(),
             last_id: 0,
             config,
         })
@@ -80,7 +93,7 @@ impl Core {
                 self.begin_read(session, lease, first, count)
             }
             Event::EndRead(lease) => {
-                self.end_read(lease);
+                self.end_read(now, lease);
                 Ok(Reply::Done)
             }
             Event::Reserve { session, space, parent, hashes, ttl_ms } => {
@@ -97,6 +110,36 @@ impl Core {
             Event::Abort { session, reservation } => self.abort(now, session, reservation),
             Event::Quarantine { space, hash } => self.quarantine(now, space, hash, &mut effects),
             Event::Flush(space) => self.flush(now, space, &mut effects),
+            Event::Load { lease, position } => self.load(now, lease, position, &mut effects),
+            Event::EndLoad { load, ended } => {
+                self.end_load(now, load, ended, &mut effects);
+                Ok(Reply::Done)
+            }
+            Event::AttachDevice(config) => Ok(Reply::Device(self.disks.attach(config.clone()))),
+            Event::Recovered { device, segment, generation, sealed, found } => {
+                self.recovered(now, device, (segment, generation, sealed), found);
+                Ok(Reply::Done)
+            }
+            Event::RecoveryDone { device, sequence } => {
+                self.recovery_done(device, sequence);
+                Ok(Reply::Done)
+            }
+            Event::LoseDevice(device) => {
+                self.lose_device(now, device, &mut effects);
+                Ok(Reply::Done)
+            }
+            Event::PlanMoves { device, room_bytes, sync } => {
+                Ok(Reply::Moves(self.plan_moves(now, device, (room_bytes, sync), &mut effects)))
+            }
+            Event::EndMove { id, ended } => {
+                self.end_move(now, id, ended, &mut effects);
+                Ok(Reply::Done)
+            }
+            Event::BeginScrub { device, after } => Ok(Reply::Scrub(self.begin_scrub(device, after))),
+            Event::EndScrub { load, ended } => {
+                self.end_load(now, load, ended, &mut effects);
+                Ok(Reply::Done)
+            }
             Event::Explain { space, hashes } => self.explain(now, space, hashes),
             Event::Tick => Ok(Reply::Done),
         };
@@ -116,6 +159,7 @@ impl Core {
             leases: self.leases.len(),
             reservations: self.reservations.len(),
             resident_blocks: self.index.len(),
+            host_blocks: self.spaces.classes.iter().map(|class| class.blocks).sum(),
             resident_bytes: self.resident_bytes,
             used_slots: self.arena.used_slots(),
             free_chunks: self.arena.free_chunks(),
@@ -130,16 +174,18 @@ impl Core {
     /// Every declared space and what it holds.
     pub fn spaces(&self) -> Vec<SpaceUsage> {
         let usage = |space: &crate::spaces::Space| SpaceUsage {
+            id: space.id,
             space: space.key.clone(),
+            block_bytes: space.block_bytes,
             resident_blocks: space.resident,
         };
         self.spaces.iter().map(usage).collect()
     }
 
-    /// A declared space, and the bytes of its slots.
-    pub fn space(&self, id: &SpaceId) -> Option<(&KeySpace, u64)> {
+    /// The bytes of a block of a space, and of the slots that hold them.
+    pub fn block_bytes(&self, id: &SpaceId) -> Option<(u64, u64)> {
         let space = &self.spaces[self.spaces.find(id).ok()?];
-        Some((&space.key, self.spaces.classes[space.class.0 as usize].slot_bytes))
+        Some((space.block_bytes, self.spaces.classes[space.class.0 as usize].slot_bytes))
     }
 
     fn open_session(&mut self) -> Reply {
@@ -156,10 +202,22 @@ impl Core {
             return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
         }
         let Self { spaces, arena, config, .. } = self;
-        spaces.open(key, slot_bytes, || (arena.add_class(slot_bytes), config.policy.build()))?;
+        spaces.open(key, slot_bytes, || (arena.add_class(slot_bytes), config.policy.build(0)))?;
         let space = self.spaces.find(&key.id())?;
         self.spaces.class_of(space).used = now;
         Ok(Reply::Done)
+    }
+
+    /// The space of a block that a device remembers.
+    pub(crate) fn recovered_space(&mut self, record: &Record, slot_bytes: u64) -> Result<u32, Refusal> {
+        let chunk_bytes = self.arena.chunk_bytes();
+        if slot_bytes > chunk_bytes {
+            return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
+        }
+        let Self { spaces, arena, config, .. } = self;
+        let names = (record.space, &*record.tenant);
+        let new_class = || (arena.add_class(slot_bytes), config.policy.build(0));
+        spaces.enter(names, (record.block_bytes, slot_bytes), new_class)
     }
 
     fn quarantine(
@@ -184,6 +242,10 @@ impl Core {
         let blocks: Vec<EntryId> = self.index.occupied().filter_map(of_space).collect();
         for id in &blocks {
             self.remove(now, *id, MissReason::Removed, effects);
+        }
+        let id = self.spaces[space].id;
+        for device in &mut self.disks.devices {
+            device.forgets.push((id, device.sequence));
         }
         Ok(Reply::Flushed(blocks.len() as u64))
     }
@@ -216,7 +278,8 @@ impl Core {
         let entry = &self.index[id];
         let known = before.filter(|(hash, _)| entry.parent == Some(*hash)).map(|(_, reachable)| reachable);
         BlockState::Resident {
-            tier: Tier::Host,
+            tier: if entry.slot().is_some() { Tier::Host } else { Tier::Nvme },
+            durable: entry.disk.durable,
             bytes: self.spaces.classes[self.spaces[space].class.0 as usize].slot_bytes,
             leases: entry.pins,
             idle_ms: now.since(entry.touched),
@@ -256,27 +319,57 @@ impl Core {
         }
     }
 
-    /// Takes a resident block out of the index. Its slot is free at once, or when its last pin is gone.
+    /// Takes a resident block out of the index. What it holds is free at once, or when its last pin is gone.
     pub(crate) fn remove(&mut self, now: Millis, id: EntryId, reason: MissReason, effects: &mut Effects) {
         let entry = &self.index[id];
         let (space, hash, pinned, ordered) = (entry.space, entry.hash, entry.pins > 0, entry.ordered);
+        let (member, in_host, place) = (entry.member(id), entry.slot().is_some(), entry.place());
+        let left = if reason == MissReason::Evicted { Left::Evicted } else { Left::Removed };
         self.index.doom(id);
         self.spaces[space].resident -= 1;
         let class = self.spaces.class_of(space);
         if ordered {
-            class.policy.remove(&mut self.nodes, id);
+            class.policy.remove(&mut self.nodes, member, left);
         }
-        self.resident_bytes -= class.slot_bytes;
-        match reason {
-            MissReason::Evicted => self.counters.evicted_blocks += 1,
-            MissReason::Quarantined => self.counters.quarantined_blocks += 1,
+        if in_host {
+            self.resident_bytes -= class.slot_bytes;
+            class.evictable -= usize::from(!pinned);
+            class.blocks -= 1;
+        }
+        self.unorder_disk(id, left);
+        match (reason, place) {
+            (MissReason::Evicted, _) => self.counters.evicted_blocks += 1,
+            (MissReason::Quarantined, None) => self.counters.quarantined_blocks += 1,
+            (MissReason::Quarantined, Some(place)) => {
+                self.counters.quarantined_blocks += 1;
+                self.disks.device_of(place).erases.push(place);
+            }
             _ => {}
         }
         self.history.record(space, &hash, reason, now);
         effects.removed.push(Removed { hash, reason });
         if !pinned {
-            self.spaces.class_of(space).evictable -= 1;
             self.free_entry(id);
+        }
+    }
+
+    /// Makes room in host memory: the block leaves, unless a device has it too.
+    pub(crate) fn evict_from_host(&mut self, now: Millis, id: EntryId, effects: &mut Effects) {
+        if self.index[id].place().is_some() {
+            self.counters.demoted_blocks += 1;
+            self.leave_host(id, Left::Evicted);
+        } else {
+            self.remove(now, id, MissReason::Evicted, effects);
+        }
+    }
+
+    /// Holds a block in place.
+    pub(crate) fn pin(&mut self, id: EntryId) {
+        let entry = &mut self.index[id];
+        entry.pins += 1;
+        if entry.pins == 1 && entry.slot().is_some() && entry.state == EntryState::Resident {
+            let space = entry.space;
+            self.spaces.class_of(space).evictable -= 1;
         }
     }
 
@@ -288,18 +381,24 @@ impl Core {
         }
         match entry.state {
             EntryState::Doomed => self.free_entry(id),
-            _ => {
+            _ if entry.slot().is_some() => {
                 let space = entry.space;
                 self.spaces.class_of(space).evictable += 1;
             }
+            _ => {}
         }
     }
 
     fn free_entry(&mut self, id: EntryId) {
         let entry = &self.index[id];
-        let (space, slot) = (entry.space, entry.slot);
+        let (space, slot, place) = (entry.space, entry.slot(), entry.place());
         self.index.free(id);
-        self.free_slot(space, slot);
+        if let Some(slot) = slot {
+            self.free_slot(space, slot);
+        }
+        if let Some(place) = place {
+            self.disks.drop_live(place, self.record_pages(space));
+        }
     }
 
     pub(crate) fn free_slot(&mut self, space: u32, slot: SlotId) {

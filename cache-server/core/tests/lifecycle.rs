@@ -24,6 +24,7 @@ impl Server {
             chunk_bytes: slots_per_chunk * PAGE,
             slot_align_bytes: PAGE,
             policy: PolicyKind::Lru,
+            admission: Admission::Always,
             tenants,
             history_entries: 1000,
             max_leases_per_session: 8,

@@ -1,8 +1,11 @@
 //! The `Admin` service.
 
 use super::{Context, refused, unexpected};
-use cairn_core::{Event, Reply};
+use crate::devices::Attached;
+use crate::engine::Engine;
+use cairn_core::{DeviceCondition, Event, Reply};
 use cairn_proto::{MissReason, SpaceId, Tier, pb};
+use std::path::Path;
 use tonic::{Request, Response, Status};
 
 pub(crate) struct AdminService(pub(crate) Context);
@@ -11,6 +14,29 @@ pub(crate) struct AdminService(pub(crate) Context);
 impl pb::admin_server::Admin for AdminService {
     async fn stats(&self, _: Request<pb::StatsRequest>) -> Result<Response<pb::StatsResponse>, Status> {
         Ok(Response::new(stats(&self.0)))
+    }
+
+    async fn attach_device(
+        &self,
+        request: Request<pb::AttachDeviceRequest>,
+    ) -> Result<Response<pb::AttachDeviceResponse>, Status> {
+        let path = Path::new(&request.get_ref().path);
+        let engine = &self.0.engine;
+        engine
+            .devices()
+            .attach(engine, path)
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        Ok(Response::new(pb::AttachDeviceResponse {}))
+    }
+
+    async fn detach_device(
+        &self,
+        request: Request<pb::DetachDeviceRequest>,
+    ) -> Result<Response<pb::DetachDeviceResponse>, Status> {
+        let path = Path::new(&request.get_ref().path);
+        let detached = self.0.engine.devices().detach(&self.0.engine, path);
+        detached.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        Ok(Response::new(pb::DetachDeviceResponse {}))
     }
 
     async fn flush(&self, request: Request<pb::FlushRequest>) -> Result<Response<pb::FlushResponse>, Status> {
@@ -24,6 +50,60 @@ impl pb::admin_server::Admin for AdminService {
     }
 }
 
+fn device_stats(engine: &Engine) -> Vec<pb::DeviceStats> {
+    let usages = engine.inspect(cairn_core::Core::devices);
+    let device = |(path, attached): (std::path::PathBuf, Option<std::sync::Arc<Attached>>)| {
+        let path = path.display().to_string();
+        let usage =
+            attached.as_ref().and_then(|attached| usages.iter().find(|usage| usage.device == attached.id));
+        let (Some(attached), Some(usage)) = (&attached, usage) else {
+            let state = DeviceCondition::Lost.name().into();
+            return pb::DeviceStats { path, state, ..pb::DeviceStats::default() };
+        };
+        let counters = &usage.counters;
+        pb::DeviceStats {
+            path,
+            state: usage.state.name().into(),
+            engine: attached.engine_name.clone(),
+            capacity_bytes: usage.capacity_bytes,
+            live_bytes: usage.live_bytes,
+            live_blocks: usage.live_blocks,
+            queued_blocks: usage.queued_blocks,
+            free_segments: usage.free_segments,
+            stored_blocks: counters.stored_blocks,
+            stored_bytes: counters.stored_bytes,
+            relocated_bytes: counters.relocated_bytes,
+            read_blocks: counters.read_blocks,
+            read_bytes: counters.read_bytes,
+            evicted_blocks: counters.evicted_blocks,
+            corrupt_blocks: counters.corrupt_blocks,
+            errors: counters.errors,
+            scrubbed_blocks: attached.scrubbed.load(std::sync::atomic::Ordering::Relaxed),
+        }
+    };
+    engine.devices().all().into_iter().map(device).collect()
+}
+
+/// The NVMe tier as a whole; absent when there is none.
+fn nvme_stats(
+    engine: &Engine,
+    devices: &[pb::DeviceStats],
+    counters: &cairn_core::Counters,
+) -> Option<pb::TierStats> {
+    let sum = |of: fn(&pb::DeviceStats) -> u64| {
+        devices.iter().filter(|device| device.state != DeviceCondition::Lost.name()).map(of).sum()
+    };
+    (!devices.is_empty()).then(|| pb::TierStats {
+        tier: pb::Tier::Nvme.into(),
+        capacity_bytes: sum(|device| device.capacity_bytes),
+        resident_bytes: sum(|device| device.live_bytes),
+        resident_blocks: sum(|device| device.live_blocks),
+        hit_blocks: counters.hit_blocks[Tier::Nvme as usize],
+        evicted_blocks: sum(|device| device.evicted_blocks),
+        policy: engine.devices().policy().to_owned(),
+    })
+}
+
 fn stats(context: &Context) -> pb::StatsResponse {
     let read = |core: &cairn_core::Core| {
         (core.counters().clone(), core.usage(), core.spaces(), core.policy().name())
@@ -33,18 +113,20 @@ fn stats(context: &Context) -> pb::StatsResponse {
         tier: pb::Tier::Host.into(),
         capacity_bytes: context.engine.capacity_bytes(),
         resident_bytes: usage.resident_bytes,
-        resident_blocks: usage.resident_blocks as u64,
+        resident_blocks: usage.host_blocks as u64,
         hit_blocks: counters.hit_blocks[Tier::Host as usize],
-        evicted_blocks: counters.evicted_blocks,
+        evicted_blocks: counters.evicted_blocks + counters.demoted_blocks,
         policy: policy.to_owned(),
     };
+    let devices = device_stats(&context.engine);
+    let nvme = nvme_stats(&context.engine, &devices, &counters);
     let misses = MissReason::ALL.iter().zip(counters.missed_blocks);
     let misses = misses
         .map(|(reason, blocks)| pb::ReasonCount { reason: pb::MissReason::from(*reason).into(), blocks });
     let space = |usage: cairn_core::SpaceUsage| pb::SpaceStats {
-        space_id: usage.space.id().0.to_vec().into(),
-        space: Some(without_salt(&usage.space)),
-        block_bytes: usage.space.block_bytes(),
+        space_id: usage.id.0.to_vec().into(),
+        space: usage.space.as_ref().map(without_salt),
+        block_bytes: usage.block_bytes,
         resident_blocks: usage.resident_blocks,
     };
     pb::StatsResponse {
@@ -55,7 +137,7 @@ fn stats(context: &Context) -> pb::StatsResponse {
         leases: usage.leases as u32,
         reservations: usage.reservations as u32,
         asked_blocks: counters.asked_blocks,
-        tiers: vec![host],
+        tiers: std::iter::once(host).chain(nvme).collect(),
         misses: misses.filter(|count| count.blocks > 0).collect(),
         committed_blocks: counters.committed_blocks,
         duplicate_blocks: counters.duplicate_blocks,
@@ -65,6 +147,7 @@ fn stats(context: &Context) -> pb::StatsResponse {
         published_bytes: context.metrics.published_bytes.get(),
         spaces: spaces.into_iter().map(space).collect(),
         busy_blocks: counters.busy_blocks,
+        devices,
     }
 }
 

@@ -143,13 +143,15 @@ impl pb::cache_server::Cache for CacheService {
         let names = (SessionId(request.session_id), LeaseId(request.lease_id));
         let read = self.0.engine.read(names, request.block as usize, 1).map_err(refused)?;
         let block = read.blocks.first().ok_or_else(unexpected)?;
-        let quarantined = Checksum::of(&read.space, &block.hash, block.bytes.as_ref()) != block.checksum;
+        let (space, hash, checksum) = (read.space, block.hash, block.checksum);
+        // What is on a device is verified as it is brought, and quarantined there.
+        let bytes = fetch::block_bytes(&self.0.engine, read).await;
+        let quarantined = bytes.is_ok_and(|bytes| Checksum::of(&space, &hash, &bytes) != checksum);
         if quarantined {
-            tracing::error!(space = ?read.space, hash = ?block.hash, "a stored block is corrupt: quarantined");
-            let event = Event::Quarantine { space: read.space, hash: block.hash };
-            self.0.engine.apply(event).map_err(refused)?;
+            tracing::error!(?space, ?hash, "a stored block is corrupt: quarantined");
+            self.0.engine.apply(Event::Quarantine { space, hash }).map_err(refused)?;
         } else {
-            tracing::warn!(space = ?read.space, hash = ?block.hash, "a block was corrupted on its way to a client");
+            tracing::warn!(?space, ?hash, "a block was corrupted on its way to a client");
         }
         Ok(Response::new(pb::ReportCorruptResponse { quarantined }))
     }
@@ -169,7 +171,7 @@ impl pb::cache_server::Cache for CacheService {
 fn explanation(state: BlockState, policy: &str) -> pb::BlockExplanation {
     use pb::block_explanation::State;
     let state = match state {
-        BlockState::Resident { tier, bytes, leases, idle_ms, checksum, reachable } => {
+        BlockState::Resident { tier, durable, bytes, leases, idle_ms, checksum, reachable } => {
             State::Resident(pb::ResidentBlock {
                 tier: pb::Tier::from(tier).into(),
                 bytes,
@@ -177,6 +179,7 @@ fn explanation(state: BlockState, policy: &str) -> pb::BlockExplanation {
                 idle_ms,
                 checksum: checksum.0.to_vec().into(),
                 reachable,
+                durable,
             })
         }
         BlockState::Absent { reason, ago_ms } => {

@@ -1,22 +1,29 @@
 //! Sending blocks. The stream is pulled by the connection; a client that stops reading loses its blocks at the deadline,
-//! so that it cannot hold memory in place for ever.
+//! so that it cannot hold memory in place for ever. Blocks on devices are brought ahead of their turn, a bounded number of bytes
+//! at a time: the tail of a run is read while its head is sent.
 
 use super::{Context, refused};
-use crate::engine::Read;
+use crate::engine::{Engine, Read, ReadBlock};
 use bytes::Bytes;
 use cairn_core::{LeaseId, SessionId};
-use cairn_proto::{limits, pb};
-use cairn_transfer::{Pack, pack};
-use futures::Stream;
+use cairn_proto::{MissReason, limits, pb};
+use cairn_transfer::pack;
+use futures::{Stream, StreamExt, stream};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
+use std::task::{Poll, Waker};
 use std::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tonic::Status;
 
-type Blocks = Box<dyn Iterator<Item = (u32, Bytes)> + Send>;
+/// Bytes of one fetch that are brought ahead from devices.
+const AHEAD_BYTES: u64 = 32 << 20;
+
+/// Blocks of one fetch that are brought ahead, however small.
+const AHEAD_BLOCKS: u64 = 32;
+
+type Chunks = Pin<Box<dyn Stream<Item = pb::FetchChunk> + Send>>;
 
 pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<FetchStream, Status> {
     let (first, count) = (request.first as usize, request.count as usize);
@@ -25,13 +32,17 @@ pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<Fe
     }
     let names = (SessionId(request.session_id), LeaseId(request.lease_id));
     let read = context.engine.read(names, first, count).map_err(refused)?;
-    let state = Arc::new(Mutex::new(State::Sending(pack(owned(read, request.first)))));
+    let state = Arc::new(Mutex::new(State { chunks: Some(chunks(&context.engine, read)), waker: None }));
     let revoke = {
         let (state, timeout) = (state.clone(), context.fetch_timeout);
         tokio::spawn(async move {
             tokio::time::sleep(timeout).await;
-            let old = std::mem::replace(&mut *lock(&state), State::Revoked);
+            let (old, waker) = {
+                let mut state = lock(&state);
+                (state.chunks.take(), state.waker.take())
+            };
             drop(old);
+            waker.into_iter().for_each(Waker::wake);
         })
     };
     Ok(FetchStream {
@@ -43,15 +54,60 @@ pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<Fe
     })
 }
 
-/// The blocks as reference-counted bytes: each keeps the read alive until it is sent or dropped.
-fn owned(read: Read, first: u32) -> Blocks {
-    let blocks = read.blocks.into_iter().enumerate();
-    Box::new(blocks.map(move |(i, block)| (first + i as u32, Bytes::from_owner(block.bytes))))
+/// The messages of a fetch. Each block keeps the read alive until it is sent or dropped.
+fn chunks(engine: &Arc<Engine>, read: Read) -> Chunks {
+    let source = read.source();
+    let first = read.first;
+    let blocks = read.blocks.into_iter().enumerate().map(move |(i, block)| ((first + i) as u32, block.bytes));
+    let blocks: Vec<_> = blocks.collect();
+    if blocks.iter().all(|(_, bytes)| bytes.is_some()) {
+        let blocks = blocks.into_iter().filter_map(|(i, bytes)| Some((i, Bytes::from_owner(bytes?))));
+        return Box::pin(stream::iter(
+            pack(blocks).map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }),
+        ));
+    }
+    let ahead = (AHEAD_BYTES / source.block_bytes().max(1)).clamp(1, AHEAD_BLOCKS) as usize;
+    let engine = engine.clone();
+    let bring = move |(position, bytes): (u32, Option<_>)| {
+        let (engine, source) = (engine.clone(), source.clone());
+        async move {
+            let brought = match bytes {
+                Some(bytes) => Ok(Bytes::from_owner(bytes)),
+                None => engine.bring(&source, position as usize).await,
+            };
+            stream::iter(messages(position, brought))
+        }
+    };
+    Box::pin(stream::iter(blocks).map(bring).buffered(ahead).flatten())
 }
 
-enum State {
-    Sending(Pack<Blocks>),
-    Revoked,
+fn messages(block: u32, brought: Result<Bytes, MissReason>) -> Vec<pb::FetchChunk> {
+    match brought {
+        Ok(bytes) => {
+            let pieces = pack(std::iter::once((block, bytes)));
+            pieces.map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }).collect()
+        }
+        Err(reason) => {
+            let loss = pb::BlockLoss { block, reason: pb::MissReason::from(reason).into() };
+            vec![pb::FetchChunk { pieces: Vec::new(), losses: vec![loss] }]
+        }
+    }
+}
+
+/// One block of a lease, wherever it is.
+pub(crate) async fn block_bytes(engine: &Arc<Engine>, read: Read) -> Result<Bytes, MissReason> {
+    let (source, first) = (read.source(), read.first);
+    match read.blocks.into_iter().next() {
+        Some(ReadBlock { bytes: Some(bytes), .. }) => Ok(Bytes::from_owner(bytes)),
+        _ => engine.bring(&source, first).await,
+    }
+}
+
+struct State {
+    /// `None` once the blocks were taken away.
+    chunks: Option<Chunks>,
+    /// Who waits for the next message.
+    waker: Option<Waker>,
 }
 
 pub(crate) struct FetchStream {
@@ -65,12 +121,17 @@ pub(crate) struct FetchStream {
 impl Stream for FetchStream {
     type Item = Result<pb::FetchChunk, Status>;
 
-    fn poll_next(self: Pin<&mut Self>, _: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
-        let item = match &mut *lock(&self.state) {
-            State::Revoked => {
-                Some(Err(Status::deadline_exceeded("the fetch took too long; its blocks are released")))
-            }
-            State::Sending(chunks) => chunks.next().map(|pieces| Ok(pb::FetchChunk { pieces })),
+    fn poll_next(self: Pin<&mut Self>, task: &mut std::task::Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut state = lock(&self.state);
+        let item = match &mut state.chunks {
+            None => Some(Err(Status::deadline_exceeded("the fetch took too long; its blocks are released"))),
+            Some(chunks) => match chunks.as_mut().poll_next(task) {
+                Poll::Ready(chunk) => chunk.map(Ok),
+                Poll::Pending => {
+                    state.waker = Some(task.waker().clone());
+                    return Poll::Pending;
+                }
+            },
         };
         if let Some(Ok(chunk)) = &item {
             let bytes: usize = chunk.pieces.iter().map(|piece| piece.data.len()).sum();

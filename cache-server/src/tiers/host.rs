@@ -2,7 +2,6 @@
 //! process by descriptor. This file owns the bytes and all access to them; which slot is whose is the core's
 //! business, and the guards of `engine` carry the core's promise to here.
 
-use crate::engine::{FillGuard, ReadGuard};
 use cairn_core::SlotId;
 use cairn_transfer::Target;
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -40,6 +39,9 @@ struct Chunk {
     _file: File,
 }
 
+/// Something whose life is the core's promise about a slot: that a read keeps its bytes, or that nobody else uses it.
+pub(crate) type Guard = Arc<dyn std::any::Any + Send + Sync>;
+
 /// All host memory for blocks.
 pub struct HostArena {
     chunks: Vec<Chunk>,
@@ -63,27 +65,39 @@ impl HostArena {
         Ok(Self { chunks, chunk_bytes })
     }
 
-    /// Takes all memory now, chunk by chunk, until done or `stop`. Returns the bytes taken.
-    pub fn prefault(&self, stop: &AtomicBool) -> std::io::Result<u64> {
+    /// Takes all memory now, chunk by chunk, until done or `stop`; `ready` hears how many chunks are there. Returns the
+    /// bytes taken.
+    pub fn prefault(&self, stop: &AtomicBool, mut ready: impl FnMut(u64)) -> std::io::Result<u64> {
         let mut bytes = 0;
-        for chunk in &self.chunks {
+        for (done, chunk) in (1..).zip(&self.chunks) {
             if stop.load(Ordering::Relaxed) {
                 break;
             }
             chunk.map.advise(Advice::PopulateWrite)?;
             bytes += self.chunk_bytes;
+            ready(done);
         }
         Ok(bytes)
     }
 
+    /// Chunks in all.
+    pub(crate) fn chunk_count(&self) -> u32 {
+        self.chunks.len() as u32
+    }
+
+    /// Memory of one chunk, for registering it with the kernel.
+    pub(crate) fn chunk_range(&self, chunk: u32) -> (*mut u8, usize) {
+        (self.chunks[chunk as usize].map.as_mut_ptr(), self.chunk_bytes as usize)
+    }
+
     /// The bytes of a slot that a read holds in place.
-    pub(crate) fn bytes(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<ReadGuard>) -> SlotBytes {
+    pub(crate) fn bytes(self: &Arc<Self>, slot: SlotId, len: u64, guard: Guard) -> SlotBytes {
         self.range(slot, len);
         SlotBytes { arena: self.clone(), slot, len, _guard: guard }
     }
 
     /// The right to write a slot that a fill holds. The engine makes one for each slot of a fill.
-    pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Arc<FillGuard>) -> SlotWriter {
+    pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Guard) -> SlotWriter {
         self.range(slot, len);
         SlotWriter { arena: self.clone(), slot, len, _guard: guard }
     }
@@ -92,7 +106,7 @@ impl HostArena {
     fn range(&self, slot: SlotId, len: u64) -> usize {
         let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
         let start = u64::from(slot.index) * slot_bytes;
-        assert!(start + len <= self.chunk_bytes, "{slot:?} of {len} bytes is outside its chunk");
+        assert!(start + slot_bytes <= self.chunk_bytes, "{slot:?} of {len} bytes is outside its chunk");
         start as usize
     }
 
@@ -122,7 +136,22 @@ pub struct SlotBytes {
     arena: Arc<HostArena>,
     slot: SlotId,
     len: u64,
-    _guard: Arc<ReadGuard>,
+    _guard: Guard,
+}
+
+impl SlotBytes {
+    /// Size of the slot, which is what direct IO writes.
+    pub(crate) fn padded_len(&self) -> usize {
+        self.len.next_multiple_of(crate::SLOT_ALIGN_BYTES) as usize
+    }
+
+    pub(crate) fn pointer(&self) -> *mut u8 {
+        self.arena.pointer(self.slot, self.len)
+    }
+
+    pub(crate) fn chunk(&self) -> u32 {
+        self.slot.chunk
+    }
 }
 
 impl AsRef<[u8]> for SlotBytes {
@@ -139,7 +168,22 @@ pub struct SlotWriter {
     arena: Arc<HostArena>,
     slot: SlotId,
     len: u64,
-    _guard: Arc<FillGuard>,
+    _guard: Guard,
+}
+
+impl SlotWriter {
+    /// Size of the slot, which is what direct IO fills.
+    pub(crate) fn padded_len(&self) -> usize {
+        self.len.next_multiple_of(crate::SLOT_ALIGN_BYTES) as usize
+    }
+
+    pub(crate) fn pointer(&self) -> *mut u8 {
+        self.arena.pointer(self.slot, self.len)
+    }
+
+    pub(crate) fn chunk(&self) -> u32 {
+        self.slot.chunk
+    }
 }
 
 impl Target for SlotWriter {

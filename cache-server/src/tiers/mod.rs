@@ -1,5 +1,6 @@
 //! Where block bytes are. Which block is where is the core's business.
 
-mod host;
+pub(crate) mod host;
+pub mod nvme;
 
 pub use host::{ArenaError, HostArena, SlotBytes, SlotWriter};

@@ -1,24 +1,24 @@
 //! Oldest insertion first; use does not matter.
 
-use super::{List, Nodes, Policy};
+use super::{Blocks, Left, List, Member, Nodes, Policy};
 use crate::index::EntryId;
 
 #[derive(Default)]
 pub(super) struct Fifo(List);
 
 impl Policy for Fifo {
-    fn insert(&mut self, nodes: &mut Nodes, id: EntryId) {
-        self.0.push_newest(nodes, id);
+    fn insert(&mut self, nodes: &mut Nodes, member: Member) {
+        self.0.push_newest(nodes, member.id);
     }
 
-    fn touch(&mut self, _nodes: &mut Nodes, _id: EntryId) {}
+    fn touch(&mut self, _nodes: &mut Nodes, _member: Member) {}
 
-    fn remove(&mut self, nodes: &mut Nodes, id: EntryId) {
-        self.0.unlink(nodes, id);
+    fn remove(&mut self, nodes: &mut Nodes, member: Member, _left: Left) {
+        self.0.unlink(nodes, member.id);
     }
 
-    fn victim(&self, nodes: &Nodes, may_leave: &dyn Fn(EntryId) -> bool) -> Option<EntryId> {
-        self.0.iter(nodes).find(|id| may_leave(*id))
+    fn victim(&mut self, nodes: &mut Nodes, blocks: &dyn Blocks) -> Option<EntryId> {
+        self.0.oldest_leaving(nodes, blocks)
     }
 
     fn len(&self) -> usize {

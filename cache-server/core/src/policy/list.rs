@@ -1,17 +1,24 @@
-//! Intrusive doubly linked lists over entry ids: constant time, no allocation a block.
+//! Intrusive doubly linked lists over entry ids, and the few words that a policy remembers of each block: constant
+//! time, no allocation a block.
 
 use crate::index::EntryId;
 
 const NONE: u32 = u32::MAX;
 
-/// The links of one block.
+/// What a policy keeps of one block. Its meaning belongs to the policy.
 #[derive(Clone, Copy, Debug)]
 pub struct Node {
     older: u32,
     newer: u32,
+    /// Uses, or what stands for them.
+    pub count: u32,
+    /// Which list of its policy the block is in.
+    pub list: u8,
 }
 
-/// Links of all blocks, indexed by entry id.
+const EMPTY: Node = Node { older: NONE, newer: NONE, count: 0, list: 0 };
+
+/// Nodes of all blocks, indexed by entry id.
 #[derive(Default)]
 pub struct Nodes(Vec<Node>);
 
@@ -19,9 +26,36 @@ impl Nodes {
     fn slot(&mut self, id: u32) -> &mut Node {
         let needed = id as usize + 1;
         if self.0.len() < needed {
-            self.0.resize(needed, Node { older: NONE, newer: NONE });
+            self.0.resize(needed, EMPTY);
         }
         &mut self.0[id as usize]
+    }
+
+    /// Forgets what was kept of an earlier block with this id.
+    pub fn reset(&mut self, id: EntryId) -> &mut Node {
+        let node = self.slot(id.0);
+        *node = EMPTY;
+        node
+    }
+
+    /// The block that entered its list right after this one.
+    pub fn newer(&self, id: EntryId) -> Option<EntryId> {
+        let newer = self[id].newer;
+        (newer != NONE).then_some(EntryId(newer))
+    }
+}
+
+impl std::ops::Index<EntryId> for Nodes {
+    type Output = Node;
+
+    fn index(&self, id: EntryId) -> &Node {
+        &self.0[id.0 as usize]
+    }
+}
+
+impl std::ops::IndexMut<EntryId> for Nodes {
+    fn index_mut(&mut self, id: EntryId) -> &mut Node {
+        &mut self.0[id.0 as usize]
     }
 }
 
@@ -51,7 +85,8 @@ impl List {
 
     /// Adds a block that is in no list.
     pub fn push_newest(&mut self, nodes: &mut Nodes, id: EntryId) {
-        *nodes.slot(id.0) = Node { older: self.newest, newer: NONE };
+        let node = nodes.slot(id.0);
+        (node.older, node.newer) = (self.newest, NONE);
         match self.newest {
             NONE => self.oldest = id.0,
             newest => nodes.0[newest as usize].newer = id.0,
@@ -62,7 +97,7 @@ impl List {
 
     /// Takes a block out that is in this list.
     pub fn unlink(&mut self, nodes: &mut Nodes, id: EntryId) {
-        let Node { older, newer } = nodes.0[id.0 as usize];
+        let Node { older, newer, .. } = nodes[id];
         match older {
             NONE => self.oldest = newer,
             older => nodes.0[older as usize].newer = newer,
@@ -74,13 +109,24 @@ impl List {
         self.len -= 1;
     }
 
+    /// Makes a block of this list its newest.
+    pub fn renew(&mut self, nodes: &mut Nodes, id: EntryId) {
+        self.unlink(nodes, id);
+        self.push_newest(nodes, id);
+    }
+
+    /// The oldest block.
+    pub fn oldest(&self) -> Option<EntryId> {
+        (self.oldest != NONE).then_some(EntryId(self.oldest))
+    }
+
     /// From oldest to newest.
     pub fn iter<'a>(&self, nodes: &'a Nodes) -> impl Iterator<Item = EntryId> + use<'a> {
-        let first = (self.oldest != NONE).then_some(self.oldest);
-        std::iter::successors(first, |id| {
-            let newer = nodes.0[*id as usize].newer;
-            (newer != NONE).then_some(newer)
-        })
-        .map(EntryId)
+        std::iter::successors(self.oldest(), |id| nodes.newer(*id))
+    }
+
+    /// The oldest block that may leave.
+    pub fn oldest_leaving(&self, nodes: &Nodes, blocks: &dyn super::Blocks) -> Option<EntryId> {
+        self.iter(nodes).find(|id| blocks.may_leave(*id))
     }
 }

@@ -1,14 +1,21 @@
 //! Which block leaves when there is no room. One algorithm a file.
 //!
-//! A policy orders the blocks of one slot class. It keeps its per-block state in [`Nodes`], which all policies share and
+//! A policy orders the blocks of one slot class. It keeps its per-block state in [`Nodes`], which all policies of a tier share and
 //! which is indexed by entry id. The core calls it in chain order, deepest block first, on every touch: that
 //! makes leaves older than their parents under any recency order.
 
+mod arc;
 mod fifo;
+mod ghosts;
+mod lfu;
 mod list;
 mod lru;
+mod s3fifo;
+mod sieve;
+mod wtinylfu;
 
 use crate::index::EntryId;
+pub use ghosts::{Ghosts, spread};
 pub use list::{List, Node, Nodes};
 
 /// The choice of an algorithm.
@@ -19,25 +26,46 @@ pub enum PolicyKind {
     Lru,
     /// Oldest insertion first.
     Fifo,
+    /// Least frequently used first.
+    Lfu,
+    /// S3-FIFO.
+    S3Fifo,
+    /// SIEVE.
+    Sieve,
+    /// Adaptive replacement.
+    Arc,
+    /// Windowed TinyLFU.
+    WTinyLfu,
 }
 
 impl PolicyKind {
     /// All kinds.
-    pub const ALL: [Self; 2] = [Self::Lru, Self::Fifo];
+    pub const ALL: [Self; 7] =
+        [Self::Lru, Self::Fifo, Self::Lfu, Self::S3Fifo, Self::Sieve, Self::Arc, Self::WTinyLfu];
 
     /// The name used in config, metrics and tables.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Lru => "lru",
             Self::Fifo => "fifo",
+            Self::Lfu => "lfu",
+            Self::S3Fifo => "s3fifo",
+            Self::Sieve => "sieve",
+            Self::Arc => "arc",
+            Self::WTinyLfu => "wtinylfu",
         }
     }
 
-    /// An empty policy of this kind.
-    pub fn build(self) -> Box<dyn Policy> {
+    /// An empty policy of this kind for about so many blocks.
+    pub fn build(self, capacity: usize) -> Box<dyn Policy> {
         match self {
             Self::Lru => Box::new(lru::Lru::default()),
             Self::Fifo => Box::new(fifo::Fifo::default()),
+            Self::Lfu => Box::new(lfu::Lfu::default()),
+            Self::S3Fifo => Box::new(s3fifo::S3Fifo::new(capacity)),
+            Self::Sieve => Box::new(sieve::Sieve::default()),
+            Self::Arc => Box::new(arc::Arc::new(capacity)),
+            Self::WTinyLfu => Box::new(wtinylfu::WTinyLfu::new(capacity)),
         }
     }
 }
@@ -53,19 +81,57 @@ impl std::str::FromStr for PolicyKind {
     }
 }
 
+/// A block as a policy sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its place in [`Nodes`].
+    pub id: EntryId,
+    /// Its name, shortened; the same whenever the block comes back.
+    pub key: u64,
+}
+
+/// Why a block left its policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The policy chose it.
+    Evicted,
+    /// Something else removed it: it is no sign of a want of room.
+    Removed,
+}
+
+/// What a policy may ask about blocks while it looks for a victim.
+pub trait Blocks {
+    /// Whether nothing holds the block in place.
+    fn may_leave(&self, id: EntryId) -> bool;
+
+    /// Whether a newcomer may be turned away.
+    fn may_be_refused(&self, id: EntryId) -> bool {
+        self.may_leave(id)
+    }
+
+    /// The block's key.
+    fn key(&self, id: EntryId) -> u64;
+}
+
 /// An eviction order over the blocks of one slot class.
 pub trait Policy: Send {
+    /// There is room for about so many blocks now.
+    fn resize(&mut self, _capacity: usize) {}
+
     /// A block became resident.
-    fn insert(&mut self, nodes: &mut Nodes, id: EntryId);
+    fn insert(&mut self, nodes: &mut Nodes, member: Member);
 
     /// A resident block was used.
-    fn touch(&mut self, nodes: &mut Nodes, id: EntryId);
+    fn touch(&mut self, nodes: &mut Nodes, member: Member);
 
     /// A block left, whoever decided that.
-    fn remove(&mut self, nodes: &mut Nodes, id: EntryId);
+    fn remove(&mut self, nodes: &mut Nodes, member: Member, left: Left);
 
     /// The block that should leave next, among those that may. It stays until [`Self::remove`].
-    fn victim(&self, nodes: &Nodes, may_leave: &dyn Fn(EntryId) -> bool) -> Option<EntryId>;
+    fn victim(&mut self, nodes: &mut Nodes, blocks: &dyn Blocks) -> Option<EntryId>;
+
+    /// A request is over: all its blocks were inserted or touched, and what had to leave left.
+    fn settle(&mut self, _nodes: &mut Nodes) {}
 
     /// Blocks in the order.
     fn len(&self) -> usize;
