@@ -53,7 +53,7 @@ pub struct HostConfig {
     /// Unit in which memory moves between tenants and block sizes. A block must fit; each (tenant, block size) wastes up
     /// to one.
     pub chunk_mib: u64,
-    /// What leaves when there is no room: `lru` or `fifo`.
+    /// What leaves when there is no room: `cairn`, `lru`, `fifo`, `lfu`, `s3fifo`, `sieve`, `arc` or `wtinylfu`.
     pub policy: String,
     /// Touch all memory in the background at start: steady first writes, at the price of taking all of it at once.
     pub prefault: bool,
@@ -149,7 +149,7 @@ impl Default for HostConfig {
         Self {
             capacity_mib: 1024,
             chunk_mib: 64,
-            policy: "lru".into(),
+            policy: "cairn".into(),
             prefault: true,
             history_entries: 65_536,
         }

@@ -89,7 +89,7 @@ impl Entry {
     pub(crate) fn member(&self, id: EntryId) -> Member {
         let [first, ..] = self.hash.0.as_chunks::<8>().0 else { unreachable!("a hash has 32 bytes") };
         let space = u64::from(self.space).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        Member { id, key: u64::from_le_bytes(*first) ^ space }
+        Member { id, key: u64::from_le_bytes(*first) ^ space, depth: self.depth }
     }
 }
 

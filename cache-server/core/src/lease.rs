@@ -56,7 +56,7 @@ impl Core {
         if run.is_empty() || busy {
             return Ok(Reply::Found { lease: None, outcomes, checksums: Vec::new() });
         }
-        let checksums = self.touch_and_pin(now, &run);
+        let checksums = self.touch_and_pin(now, &run, hashes.len());
         let lease = LeaseId(self.next_id());
         let deadline = now.plus(u64::from(ttl_ms));
         self.timers.set(deadline, Timer::Lease(lease));
@@ -81,7 +81,7 @@ impl Core {
     }
 
     /// Tail first, so that the head of the chain ends most recent.
-    fn touch_and_pin(&mut self, now: Millis, run: &[EntryId]) -> Vec<cairn_proto::Checksum> {
+    fn touch_and_pin(&mut self, now: Millis, run: &[EntryId], asked: usize) -> Vec<cairn_proto::Checksum> {
         let mut checksums = Vec::with_capacity(run.len());
         for id in run.iter().rev() {
             self.pin(*id);
@@ -90,19 +90,39 @@ impl Core {
             self.touch(*id);
             self.used_again(*id);
         }
-        self.settle(run.first().copied());
+        self.settle(run.first().copied(), asked);
         checksums.reverse();
         checksums
     }
 
     /// A request is over: the policies that saw its blocks are told.
-    pub(crate) fn settle(&mut self, one: Option<EntryId>) {
+    fn settle(&mut self, one: Option<EntryId>, asked: usize) {
         let Some(id) = one else { return };
+        let space = self.index[id].space;
+        self.settle_host(space, asked);
+        for device in &mut self.disks.devices {
+            device.policy.requested(&mut self.disk_nodes, asked);
+            device.policy.settle(&mut self.disk_nodes);
+        }
+    }
+
+    pub(crate) fn settle_host(&mut self, space: u32, asked: usize) {
+        let policy = &mut self.spaces.class_of(space).policy;
+        policy.requested(&mut self.nodes, asked);
+        policy.settle(&mut self.nodes);
+    }
+
+    /// A block is part of a chain that is being stored: no use of its own, but not older than what follows it.
+    pub(crate) fn refresh(&mut self, id: EntryId) {
         let entry = &self.index[id];
-        let place = entry.place();
-        self.spaces.class_of(entry.space).policy.settle(&mut self.nodes);
-        if let Some(place) = place {
-            self.disks.device_of(place).policy.settle(&mut self.disk_nodes);
+        let member = entry.member(id);
+        if entry.ordered {
+            self.spaces.class_of(entry.space).policy.refresh(&mut self.nodes, member);
+        }
+        if let Some(place) = entry.place()
+            && entry.disk.ordered
+        {
+            self.disks.device_of(place).policy.refresh(&mut self.disk_nodes, member);
         }
     }
 
@@ -168,15 +188,16 @@ impl Core {
         if lease.reads > 0 {
             return;
         }
-        let ended = lease.ended;
+        let (ended, space) = (lease.ended, lease.space);
         if std::mem::take(&mut lease.loaded) {
             let run = lease.run.clone();
             for id in run.into_iter().rev() {
                 if self.index[id].state == EntryState::Resident {
                     self.index[id].touched = now;
-                    self.touch(id);
+                    self.refresh(id);
                 }
             }
+            self.settle_host(space, 0);
         }
         if ended {
             self.free_lease(id);

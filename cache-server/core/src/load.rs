@@ -72,6 +72,7 @@ impl Core {
                 if resident {
                     self.enter_host(id);
                     self.order(now, id);
+                    self.settle_host(space, 0);
                 }
             }
             (_, Some(slot)) => self.free_slot(space, slot),

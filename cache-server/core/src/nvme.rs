@@ -65,7 +65,8 @@ impl Core {
     /// Puts a block of the host tier into the queue of a device, unless it is or will be on one.
     pub(crate) fn enqueue_write(&mut self, id: EntryId) {
         let entry = &self.index[id];
-        if entry.place().is_some() || entry.disk.queued || entry.slot().is_none() {
+        let moving = entry.disk.queued || entry.disk.writing;
+        if entry.place().is_some() || moving || entry.slot().is_none() {
             return;
         }
         let pages = self.record_pages(entry.space);
@@ -115,6 +116,7 @@ impl Core {
         self.shrink_device(now, device, effects);
         self.reclaim(now, (device, &mut room_bytes), &mut moves, effects);
         self.plan_writes(now, device, room_bytes, &mut moves);
+        self.disks.devices[device].policy.requested(&mut self.disk_nodes, 0);
         moves
     }
 
@@ -299,8 +301,11 @@ impl Core {
             return;
         }
         while let Some(reference) = self.disks.devices[device].queue.front().copied() {
-            let wanted = self.index.resident(reference).filter(|id| self.index[*id].slot().is_some());
-            let Some(id) = wanted.filter(|id| self.index[*id].disk.queued) else {
+            let wanted = |id: &EntryId| {
+                let entry = &self.index[*id];
+                entry.disk.queued && !entry.disk.writing && entry.place().is_none() && entry.slot().is_some()
+            };
+            let Some(id) = self.index.resident(reference).filter(wanted) else {
                 self.disks.devices[device].queue.pop_front();
                 if let Some(id) = self.index.resident(reference) {
                     self.index[id].disk.queued = false;
@@ -539,7 +544,8 @@ impl Core {
             let here = self.disks.segments[place.segment as usize].device == number;
             (here && entry.state == EntryState::Resident).then_some((id, entry.slot().is_some()))
         };
-        let blocks: Vec<(EntryId, bool)> = self.index.occupied().filter_map(here).collect();
+        let mut blocks: Vec<(EntryId, bool)> = self.index.occupied().filter_map(here).collect();
+        blocks.sort_by_key(|(id, _)| std::cmp::Reverse(self.index[*id].depth));
         for (id, in_host) in blocks {
             if !in_host {
                 self.remove(now, id, MissReason::DeviceLost, effects);

@@ -70,6 +70,7 @@ impl Core {
             },
         };
         self.touch_ancestors(now, space, parent);
+        self.settle_host(space, 0);
         let before = parent.map(|parent| self.index[parent.id].hash);
         let (blocks, grants) = self.grant(now, space, (before, hashes), effects);
         let deadline = now.plus(u64::from(ttl_ms));
@@ -280,7 +281,7 @@ impl Core {
             }
         }
         self.touch_ancestors(now, space, reservation.parent);
-        self.spaces.class_of(space).policy.settle(&mut self.nodes);
+        self.settle_host(space, 0);
         if let Some(parent) = reservation.parent {
             self.unpin(parent.id);
         }
@@ -291,7 +292,7 @@ impl Core {
         let entry = &mut self.index[id];
         entry.touched = entry.touched.max(now);
         if entry.ordered || entry.slot().is_none() {
-            self.touch(id);
+            self.refresh(id);
             return;
         }
         entry.ordered = true;
@@ -306,7 +307,7 @@ impl Core {
             let Some(id) = next else { return };
             let entry = &mut self.index[id];
             entry.touched = entry.touched.max(now);
-            self.touch(id);
+            self.refresh(id);
             next = self.index[id].parent.and_then(|hash| self.index.find(space, &hash));
         }
     }

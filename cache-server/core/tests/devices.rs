@@ -193,7 +193,7 @@ impl Run {
             return;
         }
         let ended = match self.rng.random_range(0..100) {
-            n if n < self.failures && self.now % 5 == 0 => Ended::Failed,
+            n if n < self.failures && self.now.is_multiple_of(5) => Ended::Failed,
             99 => Ended::NoRoom,
             98 => Ended::Corrupt,
             _ => Ended::Done,

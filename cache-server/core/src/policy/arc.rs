@@ -45,18 +45,19 @@ impl Policy for Arc {
 
     fn insert(&mut self, nodes: &mut Nodes, member: Member) {
         let list = if self.came_back(member.key) { OFTEN } else { ONCE };
-        nodes.reset(member.id).list = list;
+        nodes.reset(member.id).set_list(list);
         self.lists[list as usize].push_newest(nodes, member.id);
     }
 
     fn touch(&mut self, nodes: &mut Nodes, member: Member) {
-        let list = std::mem::replace(&mut nodes[member.id].list, OFTEN);
+        let list = nodes[member.id].list();
+        nodes[member.id].set_list(OFTEN);
         self.lists[list as usize].unlink(nodes, member.id);
         self.lists[OFTEN as usize].push_newest(nodes, member.id);
     }
 
     fn remove(&mut self, nodes: &mut Nodes, member: Member, left: Left) {
-        let list = nodes[member.id].list as usize;
+        let list = nodes[member.id].list() as usize;
         self.lists[list].unlink(nodes, member.id);
         if left == Left::Evicted {
             self.ghosts[list].push(member.key);

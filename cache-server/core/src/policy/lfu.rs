@@ -14,7 +14,7 @@ pub(super) struct Lfu {
 
 impl Lfu {
     fn unlink(&mut self, nodes: &mut Nodes, id: EntryId) -> u32 {
-        let count = nodes[id].count;
+        let count = nodes[id].count();
         if let Some(list) = self.by_count.get_mut(&count) {
             list.unlink(nodes, id);
             if list.is_empty() {
@@ -25,7 +25,7 @@ impl Lfu {
     }
 
     fn link(&mut self, nodes: &mut Nodes, id: EntryId, count: u32) {
-        nodes[id].count = count;
+        nodes[id].set_count(count);
         self.by_count.entry(count).or_default().push_newest(nodes, id);
     }
 }

@@ -8,15 +8,38 @@ const NONE: u32 = u32::MAX;
 /// What a policy keeps of one block. Its meaning belongs to the policy.
 #[derive(Clone, Copy, Debug)]
 pub struct Node {
-    older: u32,
-    newer: u32,
-    /// Uses, or what stands for them.
-    pub count: u32,
-    /// Which list of its policy the block is in.
-    pub list: u8,
+    pub(super) older: u32,
+    pub(super) newer: u32,
+    /// A count and a list, for policies that are made of lists.
+    pub(super) word: u32,
 }
 
-const EMPTY: Node = Node { older: NONE, newer: NONE, count: 0, list: 0 };
+const EMPTY: Node = Node { older: NONE, newer: NONE, word: 0 };
+
+/// Counts end here.
+const MAX_COUNT: u32 = (1 << 24) - 1;
+
+impl Node {
+    /// Uses, or what stands for them.
+    pub const fn count(&self) -> u32 {
+        self.word >> 8
+    }
+
+    /// Sets the count, as far as it goes.
+    pub fn set_count(&mut self, count: u32) {
+        self.word = count.min(MAX_COUNT) << 8 | self.word & 0xff;
+    }
+
+    /// Which list of its policy the block is in.
+    pub const fn list(&self) -> u8 {
+        self.word as u8
+    }
+
+    /// Sets the list.
+    pub fn set_list(&mut self, list: u8) {
+        self.word = self.word & !0xff | list as u32;
+    }
+}
 
 /// Nodes of all blocks, indexed by entry id.
 #[derive(Default)]
@@ -36,6 +59,11 @@ impl Nodes {
         let node = self.slot(id.0);
         *node = EMPTY;
         node
+    }
+
+    /// All of them, those without a block included.
+    pub(super) fn all_mut(&mut self) -> impl Iterator<Item = &mut Node> {
+        self.0.iter_mut()
     }
 
     /// The block that entered its list right after this one.

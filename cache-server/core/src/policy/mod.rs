@@ -5,6 +5,7 @@
 //! makes leaves older than their parents under any recency order.
 
 mod arc;
+mod cairn;
 mod fifo;
 mod ghosts;
 mod lfu;
@@ -21,8 +22,10 @@ pub use list::{List, Node, Nodes};
 /// The choice of an algorithm.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PolicyKind {
-    /// Least recently used first.
+    /// By expected reuse of prefix segments, with LRU as a guard.
     #[default]
+    Cairn,
+    /// Least recently used first.
     Lru,
     /// Oldest insertion first.
     Fifo,
@@ -40,12 +43,13 @@ pub enum PolicyKind {
 
 impl PolicyKind {
     /// All kinds.
-    pub const ALL: [Self; 7] =
-        [Self::Lru, Self::Fifo, Self::Lfu, Self::S3Fifo, Self::Sieve, Self::Arc, Self::WTinyLfu];
+    pub const ALL: [Self; 8] =
+        [Self::Cairn, Self::Lru, Self::Fifo, Self::Lfu, Self::S3Fifo, Self::Sieve, Self::Arc, Self::WTinyLfu];
 
     /// The name used in config, metrics and tables.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Cairn => "cairn",
             Self::Lru => "lru",
             Self::Fifo => "fifo",
             Self::Lfu => "lfu",
@@ -59,6 +63,7 @@ impl PolicyKind {
     /// An empty policy of this kind for about so many blocks.
     pub fn build(self, capacity: usize) -> Box<dyn Policy> {
         match self {
+            Self::Cairn => Box::new(cairn::Cairn::new(capacity)),
             Self::Lru => Box::new(lru::Lru::default()),
             Self::Fifo => Box::new(fifo::Fifo::default()),
             Self::Lfu => Box::new(lfu::Lfu::default()),
@@ -88,6 +93,8 @@ pub struct Member {
     pub id: EntryId,
     /// Its name, shortened; the same whenever the block comes back.
     pub key: u64,
+    /// Blocks before it in its chain, as far as they can be told apart.
+    pub depth: u16,
 }
 
 /// Why a block left its policy.
@@ -123,6 +130,20 @@ pub trait Policy: Send {
 
     /// A resident block was used.
     fn touch(&mut self, nodes: &mut Nodes, member: Member);
+
+    /// A block is part of the chain that a block was just added to; its use was counted before.
+    fn refresh(&mut self, nodes: &mut Nodes, member: Member) {
+        self.touch(nodes, member);
+    }
+
+    /// A request was told of, block by block, deepest first. `asked` is its length, those blocks included that are not there
+    /// (yet); it is 0 when a request that was counted before stores its blocks.
+    fn requested(&mut self, _nodes: &mut Nodes, _asked: usize) {}
+
+    /// Whether blocks of a request may leave at once, to make room for what is worth more.
+    fn bypasses(&self) -> bool {
+        false
+    }
 
     /// A block left, whoever decided that.
     fn remove(&mut self, nodes: &mut Nodes, member: Member, left: Left);

@@ -32,12 +32,13 @@ impl S3Fifo {
     /// A step in the small queue: its oldest block that may leave, unless that was used again and moves to the main queue.
     fn leaving_small(&mut self, nodes: &mut Nodes, blocks: &dyn Blocks) -> Step {
         let Some(id) = self.lists[SMALL as usize].oldest_leaving(nodes, blocks) else { return Step::Nothing };
-        if nodes[id].count <= 1 {
+        if nodes[id].count() <= 1 {
             return Step::Victim(id);
         }
         self.lists[SMALL as usize].unlink(nodes, id);
         let node = &mut nodes[id];
-        (node.count, node.list) = (0, MAIN);
+        node.set_count(0);
+        node.set_list(MAIN);
         self.lists[MAIN as usize].push_newest(nodes, id);
         Step::Moved
     }
@@ -53,10 +54,11 @@ impl S3Fifo {
             if !blocks.may_leave(id) {
                 continue;
             }
-            if nodes[id].count == 0 {
+            if nodes[id].count() == 0 {
                 return Some(id);
             }
-            nodes[id].count -= 1;
+            let count = nodes[id].count();
+            nodes[id].set_count(count - 1);
             list.renew(nodes, id);
             next = next.or(list.oldest());
         }
@@ -78,17 +80,17 @@ impl Policy for S3Fifo {
 
     fn insert(&mut self, nodes: &mut Nodes, member: Member) {
         let list = if self.ghosts.take(member.key) { MAIN } else { SMALL };
-        nodes.reset(member.id).list = list;
+        nodes.reset(member.id).set_list(list);
         self.lists[list as usize].push_newest(nodes, member.id);
     }
 
     fn touch(&mut self, nodes: &mut Nodes, member: Member) {
         let node = &mut nodes[member.id];
-        node.count = (node.count + 1).min(MAX_COUNT);
+        node.set_count((node.count() + 1).min(MAX_COUNT));
     }
 
     fn remove(&mut self, nodes: &mut Nodes, member: Member, left: Left) {
-        let list = nodes[member.id].list;
+        let list = nodes[member.id].list();
         self.lists[list as usize].unlink(nodes, member.id);
         if list == SMALL && left == Left::Evicted {
             self.ghosts.push(member.key);

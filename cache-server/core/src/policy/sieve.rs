@@ -18,7 +18,7 @@ impl Policy for Sieve {
     }
 
     fn touch(&mut self, nodes: &mut Nodes, member: Member) {
-        nodes[member.id].count = 1;
+        nodes[member.id].set_count(1);
     }
 
     fn remove(&mut self, nodes: &mut Nodes, member: Member, _left: Left) {
@@ -33,12 +33,12 @@ impl Policy for Sieve {
         for _ in 0..2 * self.list.len() {
             let id = self.hand.or(self.list.oldest())?;
             let leaves = blocks.may_leave(id);
-            if leaves && nodes[id].count == 0 {
+            if leaves && nodes[id].count() == 0 {
                 self.hand = Some(id);
                 return Some(id);
             }
             if leaves {
-                nodes[id].count = 0;
+                nodes[id].set_count(0);
             }
             self.hand = nodes.newer(id);
         }

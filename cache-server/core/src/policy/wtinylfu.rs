@@ -49,7 +49,8 @@ impl WTinyLfu {
     }
 
     fn shift(&mut self, nodes: &mut Nodes, id: EntryId, to: u8) {
-        let from = std::mem::replace(&mut nodes[id].list, to);
+        let from = nodes[id].list();
+        nodes[id].set_list(to);
         self.lists[from as usize].unlink(nodes, id);
         self.lists[to as usize].push_newest(nodes, id);
     }
@@ -62,13 +63,13 @@ impl Policy for WTinyLfu {
 
     fn insert(&mut self, nodes: &mut Nodes, member: Member) {
         self.count(member.key);
-        nodes.reset(member.id).list = WINDOW;
+        nodes.reset(member.id).set_list(WINDOW);
         self.lists[WINDOW as usize].push_newest(nodes, member.id);
     }
 
     fn touch(&mut self, nodes: &mut Nodes, member: Member) {
         self.count(member.key);
-        match nodes[member.id].list {
+        match nodes[member.id].list() {
             WINDOW => self.shift(nodes, member.id, WINDOW),
             _ => self.shift(nodes, member.id, PROTECTED),
         }
@@ -80,7 +81,7 @@ impl Policy for WTinyLfu {
     }
 
     fn remove(&mut self, nodes: &mut Nodes, member: Member, _left: Left) {
-        let list = nodes[member.id].list;
+        let list = nodes[member.id].list();
         self.lists[list as usize].unlink(nodes, member.id);
     }
 

@@ -344,13 +344,13 @@ mod tests {
             tenant: "a tenant".into(),
             block_bytes: 12_345,
             hash: BlockHash([n.wrapping_add(1); 32]),
-            parent: (n % 2 == 0).then_some(BlockHash([0; 32])),
+            parent: n.is_multiple_of(2).then_some(BlockHash([0; 32])),
             checksum: Checksum([n; 16]),
             depth: 77,
             sequence: 99,
         };
         let seal = Seal { epoch: 5, payload_tag: [n; 16], checksum_tag: [n; 16] };
-        Header { record, seal: (n % 3 == 0).then_some(seal) }
+        Header { record, seal: n.is_multiple_of(3).then_some(seal) }
     }
 
     const HERE: Position = Position { segment: 3, generation: 8, page: 17 };
