@@ -31,7 +31,7 @@ pub(crate) struct StatsOptions {
 }
 
 #[derive(Args)]
-struct ServerOptions {
+pub(crate) struct ServerOptions {
     /// The cache server.
     #[arg(long, default_value = "http://127.0.0.1:7077", env = "CAIRN_CACHE", value_name = "URL")]
     cache: String,
@@ -41,7 +41,7 @@ struct ServerOptions {
 }
 
 impl ServerOptions {
-    fn client(&self) -> Result<CacheClient, CliError> {
+    pub(crate) fn client(&self) -> Result<CacheClient, CliError> {
         let mut options = ClientOptions::new(&self.cache);
         options.name = "cairn cli".into();
         CacheClient::start(options).map_err(CliError::failed)
@@ -129,7 +129,8 @@ fn describe(explanation: &pb::BlockExplanation) -> (String, String) {
             let tier = Tier::try_from(block.tier()).map_or("unknown", Tier::name);
             let reach = if block.reachable { "" } else { ", unreachable: an ancestor is missing" };
             let (leases, idle) = (block.leases, block.idle_ms);
-            (format!("resident:{tier}"), format!("{leases} leases, idle {idle} ms{reach}"))
+            let durable = if block.durable { ", durable" } else { "" };
+            (format!("resident:{tier}"), format!("{leases} leases, idle {idle} ms{durable}{reach}"))
         }
         Some(State::Absent(block)) => {
             let reason = MissReason::try_from(block.reason()).map_or("unknown", MissReason::name);
@@ -171,10 +172,65 @@ pub(crate) fn stats_json(stats: &pb::StatsResponse) -> serde_json::Value {
         named_misses(stats).into_iter().map(|(name, blocks)| (name.to_owned(), blocks.into())).collect();
     json!({"version": stats.version, "uptime_ms": stats.uptime_ms, "sessions": stats.sessions,
         "leases": stats.leases, "reservations": stats.reservations, "asked_blocks": stats.asked_blocks,
-        "tiers": stats.tiers.iter().map(tier).collect::<Vec<_>>(), "missed_blocks": misses,
+        "tiers": stats.tiers.iter().map(tier).collect::<Vec<_>>(),
+        "devices": stats.devices.iter().map(device_json).collect::<Vec<_>>(), "missed_blocks": misses,
         "committed_blocks": stats.committed_blocks, "duplicate_blocks": stats.duplicate_blocks,
         "checksum_mismatches": stats.checksum_mismatches, "quarantined_blocks": stats.quarantined_blocks,
         "fetched_bytes": stats.fetched_bytes, "published_bytes": stats.published_bytes})
+}
+
+fn device_json(device: &pb::DeviceStats) -> serde_json::Value {
+    json!({"path": device.path, "state": device.state, "engine": device.engine,
+        "capacity_bytes": device.capacity_bytes, "live_bytes": device.live_bytes, "live_blocks": device.live_blocks,
+        "queued_blocks": device.queued_blocks, "free_segments": device.free_segments,
+        "stored_blocks": device.stored_blocks, "stored_bytes": device.stored_bytes,
+        "relocated_bytes": device.relocated_bytes, "read_blocks": device.read_blocks,
+        "read_bytes": device.read_bytes, "evicted_blocks": device.evicted_blocks,
+        "corrupt_blocks": device.corrupt_blocks, "errors": device.errors,
+        "scrubbed_blocks": device.scrubbed_blocks})
+}
+
+fn print_devices(devices: &[pb::DeviceStats]) {
+    if devices.is_empty() {
+        return;
+    }
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header([
+        "device",
+        "state",
+        "engine",
+        "live",
+        "of",
+        "blocks",
+        "queued",
+        "stored",
+        "relocated",
+        "read",
+        "evicted",
+        "corrupt",
+        "errors",
+        "checked",
+    ]);
+    for device in devices {
+        table.add_row([
+            device.path.clone(),
+            device.state.clone(),
+            device.engine.clone(),
+            mib(device.live_bytes),
+            mib(device.capacity_bytes),
+            device.live_blocks.to_string(),
+            device.queued_blocks.to_string(),
+            mib(device.stored_bytes),
+            mib(device.relocated_bytes),
+            mib(device.read_bytes),
+            device.evicted_blocks.to_string(),
+            device.corrupt_blocks.to_string(),
+            device.errors.to_string(),
+            device.scrubbed_blocks.to_string(),
+        ]);
+    }
+    println!("{table}");
 }
 
 fn print_stats(stats: &pb::StatsResponse) {
@@ -209,6 +265,7 @@ fn print_stats(stats: &pb::StatsResponse) {
         ]);
     }
     println!("{table}");
+    print_devices(&stats.devices);
     println!("blocks asked for: {}", stats.asked_blocks);
     for (name, blocks) in named_misses(stats) {
         println!("  missed, {name}: {blocks}");

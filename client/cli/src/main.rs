@@ -4,6 +4,7 @@
 
 mod completions;
 mod demo;
+mod disk;
 mod inspect;
 mod model;
 mod serve;
@@ -41,6 +42,9 @@ enum Command {
     Explain(inspect::PromptOptions),
     /// Show a server's totals.
     Stats(inspect::StatsOptions),
+    /// Look after directories of the NVMe tier.
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
     /// Print a completion script for a shell.
     Completions(completions::CompletionOptions),
 }
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Lookup(options) => inspect::lookup(options),
         Command::Explain(options) => inspect::explain(options),
         Command::Stats(options) => inspect::stats(options),
+        Command::Disk(command) => disk::run(command),
         Command::Completions(options) => {
             completions::run(&options);
             Ok(())

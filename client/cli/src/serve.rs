@@ -2,7 +2,7 @@
 
 use crate::signals::Supervision;
 use crate::{CliError, block_on};
-use cairn_server::{Config, Server};
+use cairn_server::{Config, DeviceEntry, Server};
 use clap::Args;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,9 +21,18 @@ pub(crate) struct ServeOptions {
     /// Host memory for blocks, in MiB [default: 1024].
     #[arg(long, env = "CAIRN_CAPACITY_MIB")]
     capacity_mib: Option<u64>,
-    /// What leaves when there is no room: lru or fifo [default: lru].
+    /// What leaves memory when there is no room: cairn, lru, fifo, lfu, s3fifo, sieve, arc or wtinylfu [default: cairn].
     #[arg(long)]
     policy: Option<String>,
+    /// A directory for the NVMe tier; it must exist, and be empty or Cairn's. For more than one, see the config file.
+    #[arg(long, env = "CAIRN_NVME_DIR", value_name = "PATH", requires = "nvme_mib")]
+    nvme_dir: Option<PathBuf>,
+    /// All that this directory may hold, in MiB.
+    #[arg(long, env = "CAIRN_NVME_MIB", value_name = "MIB")]
+    nvme_mib: Option<u64>,
+    /// Size of its segment files, in MiB [default: 256].
+    #[arg(long, value_name = "MIB")]
+    nvme_segment_mib: Option<u64>,
     /// Listen beyond loopback without TLS and authentication.
     #[arg(long)]
     allow_insecure_network: bool,
@@ -43,6 +52,10 @@ impl ServeOptions {
         server.allow_insecure_network |= self.allow_insecure_network;
         config.host.capacity_mib = self.capacity_mib.unwrap_or(config.host.capacity_mib);
         config.host.policy = self.policy.unwrap_or(config.host.policy);
+        config.nvme.segment_mib = self.nvme_segment_mib.unwrap_or(config.nvme.segment_mib);
+        if let (Some(path), Some(capacity_mib)) = (self.nvme_dir, self.nvme_mib) {
+            config.nvme.device.push(DeviceEntry { path, capacity_mib });
+        }
         Ok(config)
     }
 }

@@ -133,6 +133,21 @@ pub(crate) struct Device {
 }
 
 impl Device {
+    /// Opens a directory that is a device already.
+    ///
+    /// # Errors
+    /// When it is not, or not usable; nothing was changed then.
+    pub(crate) fn open_existing(
+        options: &DeviceOptions,
+        engine: Arc<dyn Engine>,
+    ) -> Result<Self, DeviceError> {
+        let path = options.path.clone();
+        if path.is_dir() && read_identity(&path)?.is_none() {
+            return Err(DeviceError::Damaged { path, reason: format!("it has no {IDENTITY_FILE}") });
+        }
+        Self::open(options, engine)
+    }
+
     /// Opens a directory, or makes it a device if it is empty.
     ///
     /// # Errors

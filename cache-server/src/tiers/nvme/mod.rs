@@ -8,6 +8,7 @@ pub mod format;
 mod io;
 mod pool;
 mod recover;
+mod survey;
 mod uring;
 
 pub use cipher::KEY_BYTES;
@@ -17,4 +18,5 @@ pub(crate) use io::{Engine, Memory, Pages};
 pub(crate) use pool::Pool;
 pub use recover::Dropped;
 pub(crate) use recover::{Segment, read_segment};
+pub use survey::{Depth, SpaceSurvey, Survey, survey};
 pub(crate) use uring::Uring;

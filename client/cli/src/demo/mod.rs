@@ -1,6 +1,7 @@
 //! `cairn demo`: a server, a prefill worker and a decode worker as processes of their own, a real model, and requests that
 //! share a long prefix. Each prompt is answered three times: with every cache off (cold), with the prefill worker
-//! computing what is missing (fill, the first prompt only), and from the cache (warm).
+//! computing what is missing (fill, the first prompt only), and from the cache (warm). With an NVMe tier, a fourth time after the
+//! server was killed and started again.
 
 mod process;
 mod prompts;
@@ -10,11 +11,13 @@ mod requests;
 use crate::model::{PullOptions, pull};
 use crate::{CliError, block_on, inspect, signals};
 use cairn_client::{CacheClient, ClientOptions};
+use cairn_proto::pb;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use process::Process;
 use report::{Report, Row};
 use requests::{Answer, ask};
+use std::path::Path;
 use std::time::Duration;
 
 #[derive(Args)]
@@ -36,6 +39,9 @@ pub(crate) struct DemoOptions {
     /// Memory of the cache server, in MiB.
     #[arg(long, default_value_t = 512)]
     capacity_mib: u64,
+    /// Give the server an NVMe tier, kill it without warning after the warm requests, start it again, and ask once more.
+    #[arg(long)]
+    nvme: bool,
     /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
@@ -46,6 +52,14 @@ const FALLBACK_MODEL: &str = "synthetic:1";
 
 /// Tokens that each worker holds itself: several prompts of the demo's length.
 const POOL_TOKENS: &str = "32768";
+
+/// The NVMe tier of the demo, in MiB, and its segments.
+const NVME_MIB: &str = "1025";
+const NVME_SEGMENT_MIB: &str = "32";
+
+/// Longest wait for the server to come to rest: steps, and how long each is.
+const SETTLE_STEPS: u32 = 600;
+const SETTLE_STEP: Duration = Duration::from_millis(50);
 
 pub(crate) fn run(options: DemoOptions) -> Result<(), CliError> {
     let model = choose_model(&options)?;
@@ -88,12 +102,14 @@ struct Fleet {
 }
 
 impl Fleet {
-    async fn start(options: &DemoOptions, model: &str, progress: &Progress) -> Result<Self, CliError> {
+    async fn start(
+        options: &DemoOptions,
+        (model, nvme): (&str, Option<&Path>),
+        progress: &Progress,
+    ) -> Result<Self, CliError> {
         let loopback = "127.0.0.1:0";
-        let capacity = options.capacity_mib.to_string();
         progress.doing("starting a cache server");
-        let serve = ["serve", "--listen", loopback, "--http-listen", loopback, "--capacity-mib", &capacity];
-        let server = Process::start("cache server", &serve).await?;
+        let server = start_server(options, loopback, nvme).await?;
         progress.say(&server);
         progress.doing("loading the model into a prefill worker and a decode worker");
         let cache = server.url();
@@ -125,9 +141,59 @@ impl Fleet {
     }
 }
 
+async fn start_server(options: &DemoOptions, listen: &str, nvme: Option<&Path>) -> Result<Process, CliError> {
+    let capacity = options.capacity_mib.to_string();
+    let mut serve =
+        vec!["serve", "--listen", listen, "--http-listen", "127.0.0.1:0", "--capacity-mib", &capacity];
+    let folder = nvme.map(|folder| folder.display().to_string());
+    if let Some(folder) = &folder {
+        serve.extend(["--nvme-dir", folder, "--nvme-mib", NVME_MIB, "--nvme-segment-mib", NVME_SEGMENT_MIB]);
+    }
+    Process::start("cache server", &serve).await
+}
+
+/// Kills the server once everything it holds is on its device, and starts it again on the same address.
+async fn restart(
+    options: &DemoOptions,
+    fleet: &mut Fleet,
+    (nvme, progress): (&Path, &Progress),
+) -> Result<(), CliError> {
+    progress.doing("waiting until everything is on the device");
+    let address = fleet.server.address().to_owned();
+    let client = CacheClient::start(ClientOptions::new(fleet.server.url())).map_err(CliError::failed)?;
+    settled(&client, |stats| {
+        let stored: u64 = stats.devices.iter().map(|device| device.stored_blocks).sum();
+        stats.committed_blocks > 0 && stored >= stats.committed_blocks
+    })
+    .await?;
+    progress.doing("killing the server, and starting it again");
+    fleet.server.kill().await;
+    fleet.server = start_server(options, &address, Some(nvme)).await?;
+    progress.say(&fleet.server);
+    // Both workers and this client are back.
+    settled(&client, |stats| {
+        stats.sessions >= 3 && stats.devices.iter().all(|device| device.state == "ready")
+    })
+    .await
+}
+
+async fn settled(client: &CacheClient, is: impl Fn(&pb::StatsResponse) -> bool) -> Result<(), CliError> {
+    for _ in 0..SETTLE_STEPS {
+        if let Ok(stats) = client.stats().await
+            && is(&stats)
+        {
+            return Ok(());
+        }
+        tokio::time::sleep(SETTLE_STEP).await;
+    }
+    Err(CliError::Failed("the cache server did not come to rest in time".into()))
+}
+
 async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliError> {
     let progress = Progress::new(options.json);
-    let fleet = Fleet::start(options, model, &progress).await?;
+    let folder = if options.nvme { Some(tempfile::tempdir().map_err(CliError::failed)?) } else { None };
+    let nvme = folder.as_ref().map(tempfile::TempDir::path);
+    let mut fleet = Fleet::start(options, (model, nvme), &progress).await?;
     let prompts = prompts::prompts(options.shared_lines, options.requests);
     let url = fleet.decode.url();
     let ask = |prompt: &str, use_cache| ask(url.clone(), prompt.to_owned(), options.max_tokens, use_cache);
@@ -144,12 +210,22 @@ async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliEr
         progress.doing(&format!("request {} of {}, from the cache", i + 1, prompts.len()));
         warm.push(ask(prompt, true).await?);
     }
+    let mut restarted = Vec::new();
+    if let Some(nvme) = nvme {
+        restart(options, &mut fleet, (nvme, &progress)).await?;
+        for (i, prompt) in prompts.iter().enumerate() {
+            progress.doing(&format!("request {} of {}, after the restart", i + 1, prompts.len()));
+            restarted.push(Some(ask(prompt, true).await?));
+        }
+    }
+    restarted.resize(prompts.len(), None);
     let client = CacheClient::start(ClientOptions::new(fleet.server.url())).map_err(CliError::failed)?;
     let stats = client.stats().await.map_err(CliError::failed)?;
     drop(client);
     fleet.stop().await;
     progress.spinner.finish_and_clear();
-    let rows = cold.into_iter().zip(warm).map(|(cold, warm)| Row { cold, warm }).collect();
+    let rows = cold.into_iter().zip(warm).zip(restarted);
+    let rows = rows.map(|((cold, warm), restarted)| Row { cold, warm, restarted }).collect();
     Ok(Report { model: model.to_owned(), rows, fill, stats: inspect::stats_json(&stats) })
 }
 

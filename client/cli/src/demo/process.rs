@@ -53,6 +53,16 @@ impl Process {
         format!("http://{}", self.address)
     }
 
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// SIGKILL: no farewell.
+    pub(super) async fn kill(&mut self) {
+        // Already ended is fine.
+        let _ = self.child.kill().await;
+    }
+
     pub(super) fn id(&self) -> u32 {
         self.child.id().unwrap_or_default()
     }

@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 pub(super) struct Row {
     pub(super) cold: Answer,
     pub(super) warm: Answer,
+    /// After the server was killed and started again.
+    pub(super) restarted: Option<Answer>,
 }
 
 impl Row {
@@ -15,7 +17,8 @@ impl Row {
     }
 
     fn identical(&self) -> bool {
-        self.cold.token_ids == self.warm.token_ids
+        let same = |answer: &Answer| self.cold.token_ids == answer.token_ids;
+        same(&self.warm) && self.restarted.as_ref().is_none_or(same)
     }
 }
 
@@ -48,7 +51,9 @@ impl Report {
         let row = |(i, row): (usize, &Row)| {
             json!({"request": i + 1, "prompt_tokens": row.warm.prompt_tokens, "cached_tokens": row.warm.cached_tokens,
                 "ttft_cold_ms": row.cold.first_token_ms, "ttft_warm_ms": row.warm.first_token_ms, "ratio": row.ratio(),
-                "tokens_identical": row.identical(), "loaded_bytes": row.warm.loaded_bytes, "text": row.warm.text})
+                "tokens_identical": row.identical(), "loaded_bytes": row.warm.loaded_bytes, "text": row.warm.text,
+                "ttft_restarted_ms": row.restarted.as_ref().map(|answer| answer.first_token_ms),
+                "cached_tokens_restarted": row.restarted.as_ref().map(|answer| answer.cached_tokens)})
         };
         let rates = self.hit_rates().into_iter().map(|(tier, rate)| (tier, json!(rate)));
         json!({"model": self.model, "wire": "grpc", "requests": self.rows.iter().enumerate().map(row).collect::<Vec<_>>(),
@@ -60,33 +65,40 @@ impl Report {
 
     pub(super) fn print(&self) {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header([
-            "request",
-            "prompt tokens",
-            "cached tokens",
-            "TTFT cold ms",
-            "TTFT warm ms",
-            "ratio",
-            "tokens identical",
-            "MiB loaded",
-        ]);
+        let restarted = self.rows.iter().any(|row| row.restarted.is_some());
+        let mut heading =
+            vec!["request", "prompt tokens", "cached tokens", "TTFT cold ms", "TTFT warm ms", "ratio"];
+        if restarted {
+            heading.push("after kill -9 ms");
+        }
+        heading.extend(["tokens identical", "MiB loaded"]);
+        table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(heading);
         // Lines above, below and under the heading; none between rows.
         table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
         for (i, row) in self.rows.iter().enumerate() {
-            table.add_row([
+            let mut cells = vec![
                 (i + 1).to_string(),
                 row.warm.prompt_tokens.to_string(),
                 row.warm.cached_tokens.to_string(),
                 format!("{:.0}", row.cold.first_token_ms),
                 format!("{:.0}", row.warm.first_token_ms),
                 format!("{:.1}×", row.ratio()),
-                if row.identical() { "yes" } else { "NO" }.into(),
-                mib(row.warm.loaded_bytes),
-            ]);
+            ];
+            if restarted {
+                let time = |answer: &Answer| format!("{:.0}", answer.first_token_ms);
+                cells.push(row.restarted.as_ref().map_or_else(String::new, time));
+            }
+            cells.extend([if row.identical() { "yes" } else { "NO" }.into(), mib(row.warm.loaded_bytes)]);
+            table.add_row(cells);
         }
         table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
         println!("\n{table}");
         println!("cold: every cache off. warm: attention state from the cache, over gRPC, verified.");
+        if restarted {
+            println!(
+                "after kill -9: the server was killed and started again; its blocks came back from the NVMe tier."
+            );
+        }
         println!(
             "The prefill worker computed the shared text once (first answer after {:.0} ms); the decode worker never did.",
             self.fill.first_token_ms
