@@ -8,6 +8,7 @@ pub mod format;
 mod io;
 mod pool;
 mod recover;
+mod store;
 mod survey;
 mod uring;
 
@@ -18,5 +19,6 @@ pub(crate) use io::{Engine, Memory, Pages};
 pub(crate) use pool::Pool;
 pub use recover::Dropped;
 pub(crate) use recover::{Segment, read_segment};
+pub use store::Store;
 pub use survey::{Depth, SpaceSurvey, Survey, survey};
 pub(crate) use uring::Uring;
