@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod checkpoints;
+pub mod fuzz;
 pub mod traces;
 
 pub use checkpoints::{tiny_config, write_checkpoint};

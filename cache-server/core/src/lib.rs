@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod arena;
+mod attach;
 mod audit;
 mod config;
 mod counters;
@@ -19,6 +20,7 @@ mod load;
 mod moves;
 mod nvme;
 pub mod policy;
+mod reclaim;
 pub mod replay;
 mod reserve;
 mod reuse;

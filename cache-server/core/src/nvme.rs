@@ -1,26 +1,15 @@
 //! Decisions about devices: what is written, where, what leaves, which segment is used again, and when a device is given up.
 
 use crate::disk::{DeviceState, Going, PAGE_BYTES, Place, SegmentState, record_pages};
-use crate::index::{EntryId, EntryRef, EntryState, OnDisk};
-use crate::moves::{
-    DeviceCondition, DeviceId, DeviceUsage, Ended, Found, Move, MoveId, Record, Source, Work,
-};
+use crate::index::{EntryId, EntryRef, EntryState};
+use crate::moves::{DeviceId, Ended, Move, MoveId, Record, Source, Work};
 use crate::policy::Left;
 use crate::state::Core;
 use crate::{Effects, Millis};
 use cairn_proto::MissReason;
 
-/// Pages of a segment that hold no record: its header, and a summary of one page and its trailer.
-const MIN_OVERHEAD_PAGES: u64 = 3;
-
 /// Segments that only reclaiming may open, so that it can always go on.
 const RESERVED_SEGMENTS: usize = 1;
-
-/// Reclaiming starts when fewer segments than this are free.
-const LOW_SEGMENTS: usize = 3;
-
-/// A device that fails so often without a success between is out of service.
-const MAX_ERRORS_IN_ROW: u32 = 3;
 
 /// A file system that had no room for a segment is asked again after this long.
 const FULL_RETRY_MS: u64 = 3000;
@@ -165,24 +154,8 @@ impl Core {
         moves.push(Move { id, work: Work::Sync { segments: segments.into_iter().collect() } });
     }
 
-    /// Lets copies leave until the device is as full as it may be.
-    fn shrink_device(&mut self, now: Millis, device: usize, effects: &mut Effects) {
-        let state = &mut self.disks.devices[device];
-        let per_block = (state.live_pages / state.live_blocks.max(1)).max(1);
-        // Some segments are kept free, and each has a header, a summary and a rest at its end that is too small.
-        let segments = state.usable_segments(&self.disks.segments).saturating_sub(LOW_SEGMENTS) as u64;
-        let in_segment = u64::from(state.segment_pages()).saturating_sub(MIN_OVERHEAD_PAGES) / per_block;
-        let target = ((segments * in_segment * per_block) as f64 * state.config.fill) as u64;
-        state.policy.resize((target / per_block) as usize);
-        while self.disks.devices[device].live_pages > target {
-            let policy = &mut self.disks.devices[device].policy;
-            let Some(victim) = policy.victim(&mut self.disk_nodes, &OnDisk(&self.index)) else { return };
-            self.evict_copy(now, victim, effects);
-        }
-    }
-
     /// Gives up the copy of a block on its device; the block itself leaves if that was the last copy.
-    fn evict_copy(&mut self, now: Millis, id: EntryId, effects: &mut Effects) {
+    pub(crate) fn evict_copy(&mut self, now: Millis, id: EntryId, effects: &mut Effects) {
         let Some(place) = self.index[id].place() else { return };
         self.disks.device_of(place).counters.evicted_blocks += 1;
         if self.index[id].slot().is_none() {
@@ -213,88 +186,6 @@ impl Core {
         }
     }
 
-    /// Empties the segment with the least in it when segments run out, and frees those that are empty.
-    fn reclaim(
-        &mut self,
-        now: Millis,
-        (device, room_bytes): (usize, &mut u64),
-        moves: &mut Vec<Move>,
-        effects: &mut Effects,
-    ) {
-        let range = self.disks.devices[device].segment_range();
-        let state = |core: &Self, segment: u32| core.disks.segments[segment as usize].state;
-        let low = self.disks.devices[device].free.len() < LOW_SEGMENTS;
-        if (low || now < self.disks.devices[device].full_until)
-            && !range.clone().any(|segment| {
-                matches!(state(self, segment), SegmentState::Reclaiming | SegmentState::Freeing)
-            })
-        {
-            let sealed = range.clone().filter(|segment| state(self, *segment) == SegmentState::Sealed);
-            let least = sealed.min_by_key(|segment| {
-                let segment = &self.disks.segments[*segment as usize];
-                (segment.live_pages, segment.generation)
-            });
-            if let Some(segment) = least {
-                self.disks.segments[segment as usize].state = SegmentState::Reclaiming;
-            }
-        }
-        for segment in range {
-            if state(self, segment) == SegmentState::Reclaiming {
-                self.empty_segment(now, (segment, room_bytes), moves, effects);
-            }
-            let segment_state = &mut self.disks.segments[segment as usize];
-            let empty = segment_state.live_pages == 0 && segment_state.writes == 0;
-            if empty && matches!(segment_state.state, SegmentState::Reclaiming | SegmentState::Sealed) {
-                segment_state.state = SegmentState::Freeing;
-                segment_state.records = Vec::new();
-                let id = self.disks.next_move(Going::Free { segment });
-                let segment = self.disks.devices[device].local(segment);
-                moves.push(Move { id, work: Work::Free { segment } });
-            }
-        }
-    }
-
-    /// Moves what is wanted out of a segment, or lets it leave when moving would wear the device too much.
-    fn empty_segment(
-        &mut self,
-        now: Millis,
-        (segment, room_bytes): (u32, &mut u64),
-        moves: &mut Vec<Move>,
-        effects: &mut Effects,
-    ) {
-        let device = self.disks.segments[segment as usize].device;
-        for (page, reference) in self.disks.segments[segment as usize].records.clone() {
-            let Some(id) = self.index.occupied_by(reference) else { continue };
-            let entry = &self.index[id];
-            let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Resident;
-            if entry.place() != Some(Place { segment, page }) || busy {
-                continue;
-            }
-            let must_stay = entry.pins > 0 && entry.slot().is_none();
-            let pages = self.record_pages(entry.space);
-            let bytes = u64::from(pages) * PAGE_BYTES;
-            if must_stay || self.may_relocate(device, bytes) {
-                if *room_bytes < bytes {
-                    return;
-                }
-                if self.plan_write(now, (device, id), (pages, true), moves) {
-                    *room_bytes -= bytes;
-                    continue;
-                }
-                if must_stay {
-                    continue;
-                }
-            }
-            self.evict_copy(now, id, effects);
-        }
-    }
-
-    fn may_relocate(&self, device: usize, bytes: u64) -> bool {
-        let device = &self.disks.devices[device];
-        let (stored, relocated) = (device.counters.stored_bytes, device.counters.relocated_bytes);
-        (relocated + bytes) as f64 <= (device.config.max_write_amplification - 1.0) * stored as f64
-    }
-
     fn plan_writes(&mut self, now: Millis, device: usize, mut room_bytes: u64, moves: &mut Vec<Move>) {
         if self.disks.devices[device].free.len() < RESERVED_SEGMENTS {
             // What is left of the open segment is for reclaiming, which will free one.
@@ -323,7 +214,7 @@ impl Core {
     }
 
     /// Takes room for a record and plans its writing. False when there is no room.
-    fn plan_write(
+    pub(crate) fn plan_write(
         &mut self,
         now: Millis,
         (device, id): (usize, EntryId),
@@ -502,137 +393,5 @@ impl Core {
             self.leave_device(id, Left::Removed);
         }
         self.unpin(id);
-    }
-
-    /// Counts errors, and gives a device up that returns nothing else.
-    pub(crate) fn note_result(&mut self, now: Millis, device: usize, ended: Ended, effects: &mut Effects) {
-        let state = &mut self.disks.devices[device];
-        match ended {
-            Ended::Done => state.errors_in_row = 0,
-            Ended::Corrupt | Ended::NoRoom | Ended::Cancelled => {}
-            Ended::Failed => {
-                state.errors_in_row += 1;
-                state.counters.errors += 1;
-                if state.errors_in_row >= MAX_ERRORS_IN_ROW && state.state != DeviceState::Lost {
-                    self.lose_device(now, DeviceId(device as u32), effects);
-                }
-            }
-        }
-    }
-
-    /// Takes a device out of service: blocks that were only there are gone.
-    pub(crate) fn lose_device(&mut self, now: Millis, device: DeviceId, effects: &mut Effects) {
-        let number = device.0 as usize;
-        let state = &mut self.disks.devices[number];
-        if state.state == DeviceState::Lost {
-            return;
-        }
-        state.state = DeviceState::Lost;
-        state.open = None;
-        state.erases.clear();
-        state.forgets.clear();
-        state.unsynced.clear();
-        let queue = std::mem::take(&mut state.queue);
-        effects.lost.push(device);
-        for reference in queue {
-            if let Some(id) = self.index.resident(reference) {
-                self.index[id].disk.queued = false;
-            }
-        }
-        let here = |(id, entry): (EntryId, &crate::index::Entry)| {
-            let place = entry.place()?;
-            let here = self.disks.segments[place.segment as usize].device == number;
-            (here && entry.state == EntryState::Resident).then_some((id, entry.slot().is_some()))
-        };
-        let mut blocks: Vec<(EntryId, bool)> = self.index.occupied().filter_map(here).collect();
-        blocks.sort_by_key(|(id, _)| std::cmp::Reverse(self.index[*id].depth));
-        for (id, in_host) in blocks {
-            if !in_host {
-                self.remove(now, id, MissReason::DeviceLost, effects);
-            } else {
-                self.leave_device(id, Left::Removed);
-            }
-        }
-    }
-
-    /// Blocks found in one segment of a device that is being attached.
-    pub(crate) fn recovered(
-        &mut self,
-        now: Millis,
-        device: DeviceId,
-        (segment, generation, sealed): (u32, u64, bool),
-        found: &[Found],
-    ) {
-        let number = device.0 as usize;
-        let state = &mut self.disks.devices[number];
-        if state.state != DeviceState::Recovering || segment >= state.config.segments {
-            return;
-        }
-        let global = state.segment_range().start + segment;
-        state.free.remove(&global);
-        state.generation = state.generation.max(generation);
-        let place = &mut self.disks.segments[global as usize];
-        place.state = if sealed { SegmentState::Sealed } else { SegmentState::Closing };
-        place.generation = generation;
-        for found in found {
-            let state = &mut self.disks.devices[number];
-            state.sequence = state.sequence.max(found.record.sequence);
-            self.recover_block(now, number, Place { segment: global, page: found.page }, &found.record);
-        }
-    }
-
-    fn recover_block(&mut self, now: Millis, device: usize, place: Place, record: &Record) {
-        let slot_bytes = record.block_bytes.next_multiple_of(self.config.slot_align_bytes);
-        let Ok(space) = self.recovered_space(record, slot_bytes) else { return };
-        let id = match self.index.find(space, &record.hash) {
-            // The first copy stays, whatever tier it came from.
-            Some(id) if self.index[id].place().is_some() || self.index[id].disk.queued => return,
-            Some(id) if self.index[id].checksum != record.checksum => return,
-            Some(id) => id,
-            None => {
-                let id = self.index.insert((space, record.hash), record.checksum, record.parent);
-                self.index[id].touched = now;
-                self.index[id].depth = record.depth;
-                self.spaces[space].resident += 1;
-                id
-            }
-        };
-        let pages = self.record_pages(space);
-        let reference = self.index.reference(id);
-        self.disks.add_live(place, pages, reference);
-        let entry = &mut self.index[id];
-        entry.set_place(Some(place));
-        entry.disk.durable = true;
-        entry.disk.ordered = true;
-        let member = entry.member(id);
-        self.disks.devices[device].policy.insert(&mut self.disk_nodes, member);
-    }
-
-    /// All segments of a device were read: it may be written to.
-    pub(crate) fn recovery_done(&mut self, device: DeviceId, sequence: u64) {
-        let state = &mut self.disks.devices[device.0 as usize];
-        state.sequence = state.sequence.max(sequence);
-        if state.state == DeviceState::Recovering {
-            state.state = DeviceState::Ready;
-        }
-    }
-
-    /// Every device, in the order of attachment.
-    pub fn devices(&self) -> Vec<DeviceUsage> {
-        let usage = |(number, device): (usize, &crate::disk::Device)| DeviceUsage {
-            device: DeviceId(number as u32),
-            state: match device.state {
-                DeviceState::Recovering => DeviceCondition::Recovering,
-                DeviceState::Ready => DeviceCondition::Ready,
-                DeviceState::Lost => DeviceCondition::Lost,
-            },
-            capacity_bytes: device.usable_segments(&self.disks.segments) as u64 * device.config.segment_bytes,
-            live_bytes: device.live_pages * PAGE_BYTES,
-            live_blocks: device.live_blocks,
-            queued_blocks: device.queue.len() as u64,
-            free_segments: device.free.len() as u64,
-            counters: device.counters,
-        };
-        self.disks.devices.iter().enumerate().map(usage).collect()
     }
 }

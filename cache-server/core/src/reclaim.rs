@@ -1,0 +1,113 @@
+//! Room on devices: which copies leave, and which segments are used again.
+
+use crate::disk::{Going, PAGE_BYTES, Place, SegmentState};
+use crate::index::{EntryState, OnDisk};
+use crate::moves::{Move, Work};
+use crate::state::Core;
+use crate::{Effects, Millis};
+
+/// Pages of a segment that hold no record: its header, and a summary of one page and its trailer.
+const MIN_OVERHEAD_PAGES: u64 = 3;
+
+/// Reclaiming starts when fewer segments than this are free.
+const LOW_SEGMENTS: usize = 3;
+
+impl Core {
+    /// Lets copies leave until the device is as full as it may be.
+    pub(crate) fn shrink_device(&mut self, now: Millis, device: usize, effects: &mut Effects) {
+        let state = &mut self.disks.devices[device];
+        let per_block = (state.live_pages / state.live_blocks.max(1)).max(1);
+        // Some segments are kept free, and each has a header, a summary and a rest at its end that is too small.
+        let segments = state.usable_segments(&self.disks.segments).saturating_sub(LOW_SEGMENTS) as u64;
+        let in_segment = u64::from(state.segment_pages()).saturating_sub(MIN_OVERHEAD_PAGES) / per_block;
+        let target = ((segments * in_segment * per_block) as f64 * state.config.fill) as u64;
+        state.policy.resize((target / per_block) as usize);
+        while self.disks.devices[device].live_pages > target {
+            let policy = &mut self.disks.devices[device].policy;
+            let Some(victim) = policy.victim(&mut self.disk_nodes, &OnDisk(&self.index)) else { return };
+            self.evict_copy(now, victim, effects);
+        }
+    }
+
+    /// Empties the segment with the least in it when segments run out, and frees those that are empty.
+    pub(crate) fn reclaim(
+        &mut self,
+        now: Millis,
+        (device, room_bytes): (usize, &mut u64),
+        moves: &mut Vec<Move>,
+        effects: &mut Effects,
+    ) {
+        let range = self.disks.devices[device].segment_range();
+        let state = |core: &Self, segment: u32| core.disks.segments[segment as usize].state;
+        let low = self.disks.devices[device].free.len() < LOW_SEGMENTS;
+        if (low || now < self.disks.devices[device].full_until)
+            && !range.clone().any(|segment| {
+                matches!(state(self, segment), SegmentState::Reclaiming | SegmentState::Freeing)
+            })
+        {
+            let sealed = range.clone().filter(|segment| state(self, *segment) == SegmentState::Sealed);
+            let least = sealed.min_by_key(|segment| {
+                let segment = &self.disks.segments[*segment as usize];
+                (segment.live_pages, segment.generation)
+            });
+            if let Some(segment) = least {
+                self.disks.segments[segment as usize].state = SegmentState::Reclaiming;
+            }
+        }
+        for segment in range {
+            if state(self, segment) == SegmentState::Reclaiming {
+                self.empty_segment(now, (segment, room_bytes), moves, effects);
+            }
+            let segment_state = &mut self.disks.segments[segment as usize];
+            let empty = segment_state.live_pages == 0 && segment_state.writes == 0;
+            if empty && matches!(segment_state.state, SegmentState::Reclaiming | SegmentState::Sealed) {
+                segment_state.state = SegmentState::Freeing;
+                segment_state.records = Vec::new();
+                let id = self.disks.next_move(Going::Free { segment });
+                let segment = self.disks.devices[device].local(segment);
+                moves.push(Move { id, work: Work::Free { segment } });
+            }
+        }
+    }
+
+    /// Moves what is wanted out of a segment, or lets it leave when moving would wear the device too much.
+    fn empty_segment(
+        &mut self,
+        now: Millis,
+        (segment, room_bytes): (u32, &mut u64),
+        moves: &mut Vec<Move>,
+        effects: &mut Effects,
+    ) {
+        let device = self.disks.segments[segment as usize].device;
+        for (page, reference) in self.disks.segments[segment as usize].records.clone() {
+            let Some(id) = self.index.occupied_by(reference) else { continue };
+            let entry = &self.index[id];
+            let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Resident;
+            if entry.place() != Some(Place { segment, page }) || busy {
+                continue;
+            }
+            let must_stay = entry.pins > 0 && entry.slot().is_none();
+            let pages = self.record_pages(entry.space);
+            let bytes = u64::from(pages) * PAGE_BYTES;
+            if must_stay || self.may_relocate(device, bytes) {
+                if *room_bytes < bytes {
+                    return;
+                }
+                if self.plan_write(now, (device, id), (pages, true), moves) {
+                    *room_bytes -= bytes;
+                    continue;
+                }
+                if must_stay {
+                    continue;
+                }
+            }
+            self.evict_copy(now, id, effects);
+        }
+    }
+
+    pub(crate) fn may_relocate(&self, device: usize, bytes: u64) -> bool {
+        let device = &self.disks.devices[device];
+        let (stored, relocated) = (device.counters.stored_bytes, device.counters.relocated_bytes);
+        (relocated + bytes) as f64 <= (device.config.max_write_amplification - 1.0) * stored as f64
+    }
+}

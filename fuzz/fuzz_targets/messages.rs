@@ -1,0 +1,5 @@
+//! Fuzz target: see `tests/src/fuzz.rs`.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cairn_tests::fuzz::messages(data));
