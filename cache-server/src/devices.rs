@@ -9,10 +9,9 @@ use crate::tiers::nvme::{
     Uring,
 };
 use cairn_core::{
-    DeviceConfig, DeviceId, DiskPlace, Ended, Event, LoadId, Move, PAGE_BYTES, Record, Reply, Source, Work,
-    record_pages,
+    DeviceConfig, DeviceId, DiskPlace, Ended, Event, LoadId, Move, PAGE_BYTES, Record, Reply, Room, Source,
+    Work, record_pages,
 };
-use cairn_proto::limits;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -28,8 +27,14 @@ const MOVER_TICK: Duration = Duration::from_millis(100);
 /// Segments read at a time when a device is attached.
 const RECOVERY_WIDTH: usize = 4;
 
+/// Moves of one device at a time: each is a few requests, and the engines hold many times as many.
+const MAX_MOVES_IN_FLIGHT: usize = 256;
+
+/// Segments in a row that cannot be read before a device is not taken into service.
+const MAX_UNREADABLE_SEGMENTS: u32 = 3;
+
 /// How long the scrubber rests after it saw everything.
-const SCRUB_PAUSE: Duration = Duration::from_secs(10);
+const SCRUB_PAUSE: Duration = Duration::from_secs(2);
 
 /// One device in service.
 pub(crate) struct Attached {
@@ -45,7 +50,10 @@ pub(crate) struct Attached {
 /// One configured directory, in service or not.
 pub(crate) struct Place {
     options: DeviceOptions,
+    /// Held only to look and to set: every lookup does.
     attached: Mutex<Option<Arc<Attached>>>,
+    /// Held while a directory is opened, which can take long.
+    attaching: Mutex<()>,
 }
 
 /// All devices of a server.
@@ -60,7 +68,7 @@ pub(crate) struct Devices {
 
 impl Devices {
     pub(crate) fn new(config: NvmeConfig, options: Vec<DeviceOptions>, faults: Option<Arc<Faults>>) -> Self {
-        let place = |options| Place { options, attached: Mutex::default() };
+        let place = |options| Place { options, attached: Mutex::default(), attaching: Mutex::default() };
         Self { places: options.into_iter().map(place).collect(), config, faults, ..Self::default() }
     }
 
@@ -123,15 +131,18 @@ impl Devices {
     pub(crate) fn attach(&self, engine: &Arc<Engine>, path: &Path) -> Result<(), DeviceError> {
         let io = |source| DeviceError::Io { path: path.to_owned(), source };
         let place = self.places.iter().find(|place| place.options.path == path);
-        let place = place.ok_or_else(|| DeviceError::NoDirectory { path: path.to_owned() })?;
-        let mut current = place.attached.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.as_ref().is_some_and(|attached| !attached.stop.is_cancelled()) {
-            return Err(DeviceError::Locked { path: path.to_owned() });
+        let place = place.ok_or_else(|| DeviceError::NotConfigured { path: path.to_owned() })?;
+        let _one_at_a_time = place.attaching.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = place.set(None, |old| old.stop.is_cancelled());
+        if old.as_ref().is_some_and(|attached| !attached.stop.is_cancelled()) {
+            return Err(DeviceError::InService { path: path.to_owned() });
         }
-        // The old one holds the directory's lock until its last work ended.
-        *current = None;
+        // It holds the directory's lock until its last work ended.
+        drop(old);
         let device = Device::open(&place.options, self.io_engine(engine).map_err(io)?)?;
         let config = DeviceConfig {
+            identity: device.identity(),
+            first_generation: device.first_generation(),
             segment_bytes: device.segment_bytes(),
             segments: device.segments(),
             policy: self.config.policy.parse().unwrap_or_default(),
@@ -151,7 +162,7 @@ impl Devices {
             scrubbed: AtomicU64::new(0),
             stop: CancellationToken::new(),
         });
-        *current = Some(attached.clone());
+        place.set(Some(attached.clone()), |_| true);
         let config = self.config.clone();
         engine.tasks().spawn(run(engine.clone(), attached, config));
         Ok(())
@@ -164,7 +175,7 @@ impl Devices {
     pub(crate) fn detach(&self, engine: &Engine, path: &Path) -> Result<(), DeviceError> {
         let place = self.places.iter().find(|place| place.options.path == path);
         let attached = place.and_then(Place::current).filter(|attached| !attached.stop.is_cancelled());
-        let attached = attached.ok_or_else(|| DeviceError::NoDirectory { path: path.to_owned() })?;
+        let attached = attached.ok_or_else(|| DeviceError::NotInService { path: path.to_owned() })?;
         // The core never refuses this.
         let _ = engine.apply(Event::LoseDevice(attached.id));
         Ok(())
@@ -198,6 +209,16 @@ impl Devices {
 }
 
 impl Place {
+    /// Replaces the device if `may` the old one; returns the old one.
+    fn set(&self, new: Option<Arc<Attached>>, may: impl FnOnce(&Attached) -> bool) -> Option<Arc<Attached>> {
+        let mut current = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = current.clone();
+        if old.as_deref().is_none_or(may) {
+            *current = new;
+        }
+        old
+    }
+
     fn current(&self) -> Option<Arc<Attached>> {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -211,6 +232,7 @@ pub(crate) fn ended(result: &Result<Memory, ReadError>, record: &Record) -> Ende
             tracing::error!(space = ?record.space, hash = ?record.hash, "a block on a device is corrupt");
             Ended::Corrupt
         }
+        Err(ReadError::Io(error)) if error.kind() == std::io::ErrorKind::WouldBlock => Ended::Cancelled,
         Err(ReadError::Io(error)) => {
             tracing::error!(%error, "a device cannot be read");
             Ended::Failed
@@ -234,22 +256,33 @@ async fn recover(engine: &Arc<Engine>, attached: &Arc<Attached>) -> bool {
     use futures::StreamExt;
     let started = Instant::now();
     let (mut blocks, mut segments, mut dropped) = (0u64, 0u64, Dropped::default());
+    let mut sequence = attached.device.last_forgotten();
+    let mut unreadable_segments = 0;
     let all = (0..attached.device.segments()).map(|number| {
         let device = attached.device.clone();
         async move { nvme::read_segment(&device, number).await }
     });
     let mut all = futures::stream::iter(all).buffered(RECOVERY_WIDTH);
     while let Some(segment) = all.next().await {
-        let nvme::Segment { number, generation, sealed, found, dropped: more } = match segment {
+        let nvme::Segment { number, generation, sealed, found, dropped: more, last_sequence } = match segment
+        {
             Ok(None) => continue,
             Ok(Some(segment)) => segment,
             Err(error) => {
-                tracing::error!(%error, path = %attached.device.path().display(), "a device cannot be read");
+                tracing::error!(%error, path = %attached.device.path().display(), "a segment cannot be read");
+                unreadable_segments += 1;
+                if unreadable_segments < MAX_UNREADABLE_SEGMENTS
+                    && error.kind() != std::io::ErrorKind::InvalidData
+                {
+                    continue;
+                }
                 // Never refused.
                 let _ = engine.apply(Event::LoseDevice(attached.id));
                 return false;
             }
         };
+        unreadable_segments = 0;
+        sequence = sequence.max(last_sequence);
         blocks += found.len() as u64;
         segments += 1;
         dropped.add(more);
@@ -257,8 +290,9 @@ async fn recover(engine: &Arc<Engine>, attached: &Arc<Attached>) -> bool {
         // Never refused.
         let _ = engine.apply(Event::Recovered { device, segment: number, generation, sealed, found: &found });
     }
-    let sequence = attached.device.last_forgotten();
+    // Never refused.
     let _ = engine.apply(Event::RecoveryDone { device: attached.id, sequence });
+    attached.wake.notify_one();
     let Dropped { torn, forgotten, unreadable } = dropped;
     let ms = started.elapsed().as_millis() as u64;
     tracing::info!(blocks, segments, torn, forgotten, unreadable, ms, "device recovered");
@@ -308,15 +342,24 @@ impl Mover {
         while let Some(ended) = self.going.join_next().await {
             self.end(ended);
         }
+        // What was written becomes durable, and what was flushed stays so, if the device is still there.
+        self.start_within(Room { bytes: 0, blocks: 0, idle: false }, true).await;
+        while let Some(ended) = self.going.join_next().await {
+            self.end(ended);
+        }
     }
 
     async fn start(&mut self, sync: bool) {
-        // A block of any size gets through alone.
-        let most = if self.in_flight_bytes == 0 { limits::MAX_BLOCK_BYTES + PAGE_BYTES } else { 0 };
-        let free = self.max_in_flight_bytes.saturating_sub(self.in_flight_bytes).max(most);
-        let room_bytes = free.min(self.bucket.available());
+        let bytes =
+            self.max_in_flight_bytes.saturating_sub(self.in_flight_bytes).min(self.bucket.available());
+        let blocks = MAX_MOVES_IN_FLIGHT.saturating_sub(self.going.len());
+        let room = Room { bytes, blocks, idle: self.in_flight_bytes == 0 };
+        self.start_within(room, sync).await;
+    }
+
+    async fn start_within(&mut self, room: Room, sync: bool) {
         let device = self.attached.id;
-        let Ok(Reply::Moves(moves)) = self.engine.apply(Event::PlanMoves { device, room_bytes, sync }) else {
+        let Ok(Reply::Moves(moves)) = self.engine.apply(Event::PlanMoves { device, room, sync }) else {
             return;
         };
         let mut unopened = None;
@@ -399,7 +442,14 @@ async fn carry_out(engine: Arc<Engine>, attached: Arc<Attached>, work: Work) -> 
     };
     match result {
         Ok(()) => Ended::Done,
-        Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+        // Too much at once: a matter of this process.
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ended::Cancelled,
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            ) =>
+        {
             tracing::warn!(path = %device.path().display(), "the file system of a device is full: it stays smaller than configured");
             Ended::NoRoom
         }
@@ -448,6 +498,7 @@ impl Drop for ScrubGuard {
     fn drop(&mut self) {
         // Never refused.
         let _ = self.engine.apply(Event::EndScrub { load: self.load, ended: self.ended });
+        self.engine.arrived();
     }
 }
 

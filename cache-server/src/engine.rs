@@ -175,7 +175,15 @@ impl Engine {
                 }
                 Load::Through { load, from, record } => {
                     let guard = Arc::new(LoadGuard::new(self, load));
-                    return self.read_through(guard, record, from).await;
+                    let mib = (record.block_bytes.div_ceil(1 << 20) as usize).min(THROUGH_MIB) as u32;
+                    let Ok(room) = self.through.clone().try_acquire_many_owned(mib) else {
+                        // Not holding the block while waiting: others may have room for it.
+                        guard.end(Ended::Cancelled);
+                        let _ = self.through.acquire_many(mib).await;
+                        continue;
+                    };
+                    let read = self.tasks.spawn(self.clone().read_through((guard, room), record, from));
+                    return read.await.unwrap_or(Err(MissReason::DeviceLost));
                 }
                 Load::Lost(reason) => return Err(reason),
             }
@@ -194,19 +202,17 @@ impl Engine {
     }
 
     async fn read_through(
-        self: &Arc<Self>,
-        guard: Arc<LoadGuard>,
+        self: Arc<Self>,
+        (guard, room): (Arc<LoadGuard>, OwnedSemaphorePermit),
         record: Record,
         from: DiskPlace,
     ) -> Result<Bytes, MissReason> {
-        let mib = (record.block_bytes.div_ceil(1 << 20) as usize).min(THROUGH_MIB) as u32;
-        let permit = self.through.clone().acquire_many_owned(mib).await;
         let memory = Memory::Pages(Pages::for_bytes(record.block_bytes));
         let read = self.devices.read(&record, from, memory).await;
         guard.end(ended(&read, &record));
         match read {
             Ok(Memory::Pages(pages)) => {
-                let owned = OwnBlock { pages, _room: permit.ok() };
+                let owned = OwnBlock { pages, _room: room };
                 Ok(Bytes::from_owner(owned).slice(..record.block_bytes as usize))
             }
             Ok(_) | Err(ReadError::Corrupt) => Err(MissReason::Quarantined),
@@ -222,6 +228,11 @@ impl Engine {
     /// The directories of the NVMe tier.
     pub(crate) fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// A block arrived from a device, or did not: whoever waits for it looks again.
+    pub(crate) fn arrived(&self) {
+        self.loaded.notify_waiters();
     }
 
     /// Background work.
@@ -301,7 +312,7 @@ impl ReadSource {
 /// A block in memory of its own.
 struct OwnBlock {
     pages: Pages,
-    _room: Option<OwnedSemaphorePermit>,
+    _room: OwnedSemaphorePermit,
 }
 
 impl AsRef<[u8]> for OwnBlock {
@@ -326,7 +337,7 @@ impl LoadGuard {
         if !self.ended.swap(true, Ordering::AcqRel) {
             // Never refused.
             let _ = self.engine.apply(Event::EndLoad { load: self.load, ended });
-            self.engine.loaded.notify_waiters();
+            self.engine.arrived();
         }
     }
 }

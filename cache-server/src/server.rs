@@ -87,6 +87,7 @@ impl Server {
     /// # Errors
     /// See [`Self::start`].
     pub async fn start_with(config: Config, faults: Option<Arc<Faults>>) -> Result<Self, ServerError> {
+        raise_descriptor_limit();
         let engine = Engine::new(&config, faults)?;
         let listener = bind("listen", config.server.listen).await?;
         let http_listener = bind("http-listen", config.server.http_listen).await?;
@@ -194,6 +195,14 @@ impl Server {
             }
         }
     }
+}
+
+/// Each segment file is a descriptor, and each client: as many as the system allows.
+fn raise_descriptor_limit() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let wanted = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // Refused is fine: what is there is used.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, wanted);
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {

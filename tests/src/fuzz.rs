@@ -43,7 +43,8 @@ fn written_and_damaged(data: &[u8], position: Position) {
         depth: u16::from(data[4]),
         sequence: u64::from(data[5]),
     };
-    let seal = Seal { epoch: u32::from(data[6]), payload_tag: half(112), checksum_tag: half(128) };
+    let seal =
+        Seal { epoch: u32::from(data[6]), salt: half(144), payload_tag: half(112), checksum_tag: half(128) };
     let header = Header { record, seal: data[7].is_multiple_of(2).then_some(seal) };
     let mut page = vec![0u8; PAGE_BYTES as usize];
     KEY.write_record(&mut page, &header, position);
@@ -52,7 +53,7 @@ fn written_and_damaged(data: &[u8], position: Position) {
     let (entries, trailer) = summary.split_at(summary.len() - PAGE_BYTES as usize);
     let found = KEY.read_trailer(trailer, (1, 2)).expect("a trailer");
     assert_eq!(KEY.read_entries(entries, found, (1, 2)), Ok(vec![(3, header)]));
-    let bit = (usize::from(data[8]) << 8 | usize::from(data[9])) % (480 * 8);
+    let bit = (usize::from(data[8]) << 8 | usize::from(data[9])) % (496 * 8);
     page[bit / 8] ^= 1 << (bit % 8);
     assert!(KEY.read_record(&page, position).is_err(), "bit {bit} makes no difference");
 }

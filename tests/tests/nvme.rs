@@ -244,13 +244,27 @@ async fn the_scrubber_finds_what_nobody_reads() {
     let (server, client) = server_and_client(config).await;
     recovered(&server).await;
     let space = space("t");
+    let rot = |hash: &BlockHash| {
+        let (file, at) = find_in_segments(folder.path(), &payload(&space, hash)[..64]);
+        file.write_all_at(b"rot", at as u64 + 1000).unwrap();
+    };
+    let corrupt = |server: &Server| server.devices()[0].counters.corrupt_blocks;
+    // In memory as well: only the copy on the device goes.
     let chain = hashes(&space, 1, 10);
     publish(&client, &space, &chain).await;
     written(&server, 10).await;
-    let (file, at) = find_in_segments(folder.path(), &payload(&space, &chain[4])[..64]);
-    file.write_all_at(b"rot", at as u64 + 1000).unwrap();
-    eventually("the scrubber comes by", || server.counters().quarantined_blocks == 1).await;
-    assert_eq!(client.lookup(&space, &chain).await.resident(), 4);
+    rot(&chain[4]);
+    eventually("the scrubber comes by", || corrupt(&server) == 1).await;
+    assert_eq!(client.lookup(&space, &chain).await.resident(), 10);
+    assert_eq!(server.counters().quarantined_blocks, 0);
+    // On the device only: the block goes.
+    for seed in 2..4 {
+        publish(&client, &space, &hashes(&space, seed, 12)).await;
+        written(&server, 10 + 12 * (u64::from(seed) - 1)).await;
+    }
+    rot(&chain[2]);
+    eventually("the scrubber comes by again", || server.counters().quarantined_blocks == 1).await;
+    assert_eq!(client.lookup(&space, &chain).await.resident(), 2);
     server.audit().unwrap();
     server.shutdown().await.unwrap();
 }

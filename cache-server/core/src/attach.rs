@@ -39,13 +39,15 @@ impl Core {
         state.state = DeviceState::Lost;
         state.open = None;
         state.erases.clear();
-        state.forgets.clear();
         state.unsynced.clear();
         let queue = std::mem::take(&mut state.queue);
         effects.lost.push(device);
+        self.disks.remember_missed(number);
         for reference in queue {
             if let Some(id) = self.index.resident(reference) {
                 self.index[id].disk.queued = false;
+                // Another device may take it.
+                self.enqueue_write(id);
             }
         }
         let here = |(id, entry): (EntryId, &crate::index::Entry)| {
@@ -60,6 +62,7 @@ impl Core {
                 self.remove(now, id, MissReason::DeviceLost, effects);
             } else {
                 self.leave_device(id, Left::Removed);
+                self.enqueue_write(id);
             }
         }
     }
@@ -86,11 +89,15 @@ impl Core {
         for found in found {
             let state = &mut self.disks.devices[number];
             state.sequence = state.sequence.max(found.record.sequence);
-            self.recover_block(now, number, Place { segment: global, page: found.page }, &found.record);
+            if !self.disks.devices[number].skip.contains(&found.record.space) {
+                let place = Place { segment: global, page: found.page };
+                self.recover_block(now, (number, sealed), place, &found.record);
+            }
         }
+        self.disks.devices[number].policy.requested(&mut self.disk_nodes, 0);
     }
 
-    fn recover_block(&mut self, now: Millis, device: usize, place: Place, record: &Record) {
+    fn recover_block(&mut self, now: Millis, (device, sealed): (usize, bool), place: Place, record: &Record) {
         let slot_bytes = record.block_bytes.next_multiple_of(self.config.slot_align_bytes);
         let Ok(space) = self.recovered_space(record, slot_bytes) else { return };
         let id = match self.index.find(space, &record.hash) {
@@ -111,9 +118,13 @@ impl Core {
         self.disks.add_live(place, pages, reference);
         let entry = &mut self.index[id];
         entry.set_place(Some(place));
-        entry.disk.durable = true;
+        // What was found in an open segment may be in a cache of the device only.
+        entry.disk.durable = sealed;
         entry.disk.ordered = true;
         let member = entry.member(id);
+        if !sealed {
+            self.disks.devices[device].unsynced.push((reference, place));
+        }
         self.disks.devices[device].policy.insert(&mut self.disk_nodes, member);
     }
 
@@ -123,6 +134,8 @@ impl Core {
         state.sequence = state.sequence.max(sequence);
         if state.state == DeviceState::Recovering {
             state.state = DeviceState::Ready;
+            let skipped = std::mem::take(&mut state.skip);
+            state.forgets.extend(skipped.into_iter().map(|space| (space, state.sequence)));
         }
     }
 

@@ -7,7 +7,7 @@ use crate::moves::{DeviceCounters, DeviceId, DiskPlace, MoveId};
 use crate::policy::Policy;
 use crate::{Millis, PolicyKind};
 use cairn_proto::SpaceId;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Unit of places and sizes on a device: the alignment that direct IO needs everywhere.
 pub const PAGE_BYTES: u64 = 4096;
@@ -29,6 +29,10 @@ impl Place {
 /// The shape of a device, and how it is to be used.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeviceConfig {
+    /// The same whenever the same device comes back.
+    pub identity: u64,
+    /// Higher than any generation that its segments had before.
+    pub first_generation: u64,
     /// Bytes of one segment; a multiple of [`PAGE_BYTES`].
     pub segment_bytes: u64,
     /// Segments that it may have.
@@ -67,8 +71,12 @@ pub(crate) struct Segment {
     pub(crate) used_pages: u32,
     /// Pages of records that are wanted.
     pub(crate) live_pages: u32,
-    /// Writes in progress.
+    /// Writes of any kind in progress: nothing may use the room of the segment for something else.
     pub(crate) writes: u32,
+    /// Records were moved out of it; it stays until a sync that began this late has made their copies durable.
+    pub(crate) wait_sync: u64,
+    /// The file system had no room for it: freeing it gives none.
+    pub(crate) no_room: bool,
     /// Records by page. Those that left since are found out by their entry.
     pub(crate) records: Vec<(u32, EntryRef)>,
 }
@@ -98,10 +106,17 @@ pub(crate) struct Device {
     pub(crate) sequence: u64,
     pub(crate) generation: u64,
     /// Written, but not yet durable.
-    pub(crate) unsynced: Vec<EntryRef>,
+    pub(crate) unsynced: Vec<(EntryRef, Place)>,
+    /// Syncs begun, and the last that succeeded.
+    pub(crate) syncs_begun: u64,
+    pub(crate) synced: u64,
+    /// Spaces that were emptied while the device was away: what it has of them is not wanted.
+    pub(crate) skip: BTreeSet<SpaceId>,
     pub(crate) errors_in_row: u32,
-    /// The file system had no room for a segment; it is asked again then.
+    /// The file system had no room for a segment; it is asked again then, or when a segment was freed.
     pub(crate) full_until: Millis,
+    /// One segment is to be given up for that.
+    pub(crate) needs_room: bool,
     pub(crate) counters: DeviceCounters,
 }
 
@@ -132,39 +147,25 @@ impl Device {
 
 /// What a move in progress will change when it ends.
 pub(crate) enum Going {
-    Open {
-        segment: u32,
-        generation: u64,
-    },
-    Write {
-        entry: EntryRef,
-        to: Place,
-        pages: u32,
-        relocation: bool,
-    },
-    Seal {
-        segment: u32,
-    },
-    Free {
-        segment: u32,
-    },
-    Sync {
-        device: usize,
-        written: Vec<EntryRef>,
-    },
-    /// Erasures and tombstones: nothing changes here.
-    Mark {
-        device: usize,
-    },
+    Open { segment: u32, generation: u64 },
+    Write { entry: EntryRef, to: Place, pages: u32, relocation: bool, from_disk: bool },
+    Seal { segment: u32 },
+    Free { segment: u32 },
+    Sync { device: usize, number: u64, written: Vec<(EntryRef, Place)> },
+    Erase { segment: u32 },
+    Forget { device: usize, space: SpaceId, sequence: u64 },
 }
 
 #[derive(Default)]
 pub(crate) struct Disks {
     pub(crate) devices: Vec<Device>,
     pub(crate) segments: Vec<Segment>,
-    pub(crate) moves: std::collections::BTreeMap<MoveId, Going>,
+    pub(crate) moves: BTreeMap<MoveId, Going>,
     last_move: u64,
     next_device: usize,
+    /// Spaces emptied since the start, and which of them each device that was ever here has missed.
+    flushed: BTreeSet<SpaceId>,
+    missed: BTreeMap<u64, BTreeSet<SpaceId>>,
 }
 
 impl Disks {
@@ -178,8 +179,11 @@ impl Disks {
             used_pages: 0,
             live_pages: 0,
             writes: 0,
+            wait_sync: 0,
+            no_room: false,
             records: Vec::new(),
         }));
+        let skip = self.missed_by(config.identity);
         self.devices.push(Device {
             policy: config.policy.build(0),
             state: DeviceState::Recovering,
@@ -192,10 +196,14 @@ impl Disks {
             erases: Vec::new(),
             forgets: Vec::new(),
             sequence: 0,
-            generation: 0,
+            generation: config.first_generation,
             unsynced: Vec::new(),
+            syncs_begun: 0,
+            synced: 0,
+            skip,
             errors_in_row: 0,
             full_until: Millis(0),
+            needs_room: false,
             counters: DeviceCounters::default(),
             config,
         });
@@ -209,14 +217,66 @@ impl Disks {
         id
     }
 
-    /// The device for the next block: in turn, among those in service.
-    pub(crate) fn next_device(&mut self) -> Option<usize> {
+    /// The device for the next block, of so many pages: in turn, among those that are not lost and can hold it.
+    pub(crate) fn next_device(&mut self, pages: u32) -> Option<usize> {
         let count = self.devices.len();
-        let turn = (0..count).map(|i| (self.next_device + i) % count);
-        let mut turn = turn;
-        let device = turn.find(|device| self.devices[*device].state == DeviceState::Ready)?;
+        let needed = 1 + pages + summary_pages(1);
+        let holds = |device: &usize| {
+            let device = &self.devices[*device];
+            device.state != DeviceState::Lost && needed <= device.segment_pages()
+        };
+        let device = (0..count).map(|i| (self.next_device + i) % count).find(holds)?;
         self.next_device = device + 1;
         Some(device)
+    }
+
+    /// An administrator empties a space: every device is told, now or when it is back.
+    pub(crate) fn forget(&mut self, space: SpaceId) {
+        self.flushed.insert(space);
+        let ready: BTreeSet<u64> = self
+            .devices
+            .iter()
+            .filter(|device| device.state == DeviceState::Ready)
+            .map(|device| device.config.identity)
+            .collect();
+        for device in &mut self.devices {
+            match device.state {
+                DeviceState::Ready => device.forgets.push((space, device.sequence)),
+                DeviceState::Recovering => {
+                    device.skip.insert(space);
+                }
+                DeviceState::Lost => {}
+            }
+        }
+        for (identity, missed) in &mut self.missed {
+            if !ready.contains(identity) {
+                missed.insert(space);
+            }
+        }
+    }
+
+    /// What a device does not know of that was emptied since the start. One that was here before has missed only what came since.
+    fn missed_by(&mut self, identity: u64) -> BTreeSet<SpaceId> {
+        let missed = self.missed.entry(identity).or_insert_with(|| self.flushed.clone());
+        std::mem::take(missed)
+    }
+
+    /// A device goes: what it was not yet told, it has missed.
+    pub(crate) fn remember_missed(&mut self, device: usize) {
+        let device = &mut self.devices[device];
+        let missed = self.missed.entry(device.config.identity).or_default();
+        missed.extend(std::mem::take(&mut device.forgets).into_iter().map(|(space, _)| space));
+        missed.append(&mut device.skip);
+    }
+
+    /// Tombstones that are not yet written.
+    pub(crate) fn pending_forgets(&self) -> usize {
+        let waiting = |device: &Device| {
+            let lost = device.state == DeviceState::Lost;
+            if lost { 0 } else { device.forgets.len() + device.skip.len() }
+        };
+        let going = self.moves.values().filter(|going| matches!(going, Going::Forget { .. })).count();
+        going + self.devices.iter().map(waiting).sum::<usize>()
     }
 
     pub(crate) fn device_of(&mut self, place: Place) -> &mut Device {

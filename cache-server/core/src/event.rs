@@ -185,8 +185,8 @@ pub enum Event<'a> {
     PlanMoves {
         /// Which.
         device: DeviceId,
-        /// Bytes that may be written in addition to what is going on.
-        room_bytes: u64,
+        /// What may be written in addition to what is going on.
+        room: Room,
         /// Whether to make finished writes durable now.
         sync: bool,
     },
@@ -213,6 +213,30 @@ pub enum Event<'a> {
     },
     /// Time went by.
     Tick,
+}
+
+/// How much more a device can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes.
+    pub bytes: u64,
+    /// Records.
+    pub blocks: usize,
+    /// Nothing is being written: one record may be larger than the rest of this says.
+    pub idle: bool,
+}
+
+impl Room {
+    /// Takes room for one record; says whether there was any.
+    pub(crate) fn take(&mut self, bytes: u64) -> bool {
+        let fits = self.blocks > 0 && (self.idle && self.bytes > 0 || bytes <= self.bytes);
+        if fits {
+            self.blocks -= 1;
+            self.bytes = self.bytes.saturating_sub(bytes);
+            self.idle = false;
+        }
+        fits
+    }
 }
 
 /// What follows from one event.

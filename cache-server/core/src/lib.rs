@@ -34,7 +34,7 @@ pub use counters::{Counters, Usage};
 pub use disk::{DeviceConfig, HEADER_PAGES, PAGE_BYTES, SUMMARY_RECORD_BYTES, record_pages, summary_pages};
 pub use event::{
     BlockState, CommitOutcome, Effects, Event, FillSlot, Grant, LeaseId, Millis, ReadSlot, Refusal, Removed,
-    Reply, ReservationId, SessionId, SpaceUsage,
+    Reply, ReservationId, Room, SessionId, SpaceUsage,
 };
 pub use index::EntryId;
 pub use moves::{

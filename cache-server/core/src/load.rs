@@ -94,12 +94,22 @@ impl Core {
         // One failed read is no proof against the bytes, but nobody can use what cannot be read.
         let resident = self.index[id].state == EntryState::Resident;
         match ended {
+            // A copy in memory is as good as ever.
+            Ended::Corrupt | Ended::Failed | Ended::NoRoom if resident && self.index[id].slot().is_some() => {
+                if let Some(place) = self.index[id].place() {
+                    if ended == Ended::Corrupt {
+                        self.disks.device_of(place).erases.push(place);
+                    }
+                    self.leave_device(id, Left::Removed);
+                }
+            }
             Ended::Corrupt if resident => self.remove(now, id, MissReason::Quarantined, effects),
             Ended::Failed | Ended::NoRoom if resident => {
                 self.remove(now, id, MissReason::DeviceLost, effects)
             }
             _ => {}
         }
+        self.drop_record_of_doomed(id);
         self.unpin(id);
     }
 

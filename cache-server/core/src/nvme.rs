@@ -5,8 +5,9 @@ use crate::index::{EntryId, EntryRef, EntryState};
 use crate::moves::{DeviceId, Ended, Move, MoveId, Record, Source, Work};
 use crate::policy::Left;
 use crate::state::Core;
-use crate::{Effects, Millis};
+use crate::{Effects, Millis, Room};
 use cairn_proto::MissReason;
+use std::collections::BTreeSet;
 
 /// Segments that only reclaiming may open, so that it can always go on.
 const RESERVED_SEGMENTS: usize = 1;
@@ -60,12 +61,8 @@ impl Core {
         }
         let pages = self.record_pages(entry.space);
         let reference = self.index.reference(id);
-        let Some(device) = self.disks.next_device() else { return };
-        let device = &mut self.disks.devices[device];
-        if u64::from(pages + crate::disk::summary_pages(1)) > u64::from(device.segment_pages()) {
-            return;
-        }
-        device.queue.push_back(reference);
+        let Some(device) = self.disks.next_device(pages) else { return };
+        self.disks.devices[device].queue.push_back(reference);
         self.index[id].disk.queued = true;
     }
 
@@ -84,12 +81,12 @@ impl Core {
         }
     }
 
-    /// What a device should do next, within `room_bytes` of writing.
+    /// What a device should do next, within what it can take.
     pub(crate) fn plan_moves(
         &mut self,
         now: Millis,
         device: DeviceId,
-        (mut room_bytes, sync): (u64, bool),
+        (mut room, sync): (Room, bool),
         effects: &mut Effects,
     ) -> Vec<Move> {
         let device = device.0 as usize;
@@ -99,23 +96,25 @@ impl Core {
         }
         self.plan_marks(device, &mut moves);
         self.plan_seals(device, &mut moves);
-        if sync {
+        // Segments that wait to be freed are needed.
+        if sync || self.disks.devices[device].free.len() <= RESERVED_SEGMENTS {
             self.plan_sync(device, &mut moves);
         }
         self.shrink_device(now, device, effects);
-        self.reclaim(now, (device, &mut room_bytes), &mut moves, effects);
-        self.plan_writes(now, device, room_bytes, &mut moves);
+        self.reclaim(now, (device, &mut room), &mut moves, effects);
+        self.plan_writes(now, device, room, &mut moves);
         self.disks.devices[device].policy.requested(&mut self.disk_nodes, 0);
         moves
     }
 
     fn plan_marks(&mut self, device: usize, moves: &mut Vec<Move>) {
         for place in std::mem::take(&mut self.disks.devices[device].erases) {
-            let id = self.disks.next_move(Going::Mark { device });
+            let id = self.disks.next_move(Going::Erase { segment: place.segment });
+            self.disks.segments[place.segment as usize].writes += 1;
             moves.push(Move { id, work: Work::Erase(self.disks.outside(place)) });
         }
         for (space, sequence) in std::mem::take(&mut self.disks.devices[device].forgets) {
-            let id = self.disks.next_move(Going::Mark { device });
+            let id = self.disks.next_move(Going::Forget { device, space, sequence });
             moves.push(Move { id, work: Work::Forget { space, sequence } });
         }
     }
@@ -127,9 +126,10 @@ impl Core {
                 continue;
             }
             state.state = SegmentState::Sealed;
+            state.writes += 1;
             let generation = state.generation;
             let wanted = |(page, reference): &(u32, EntryRef)| {
-                let id = self.index.occupied_by(*reference)?;
+                let id = self.index.resident(*reference)?;
                 let here = Place { segment, page: *page };
                 (self.index[id].place() == Some(here)).then_some(*page)
             };
@@ -141,16 +141,15 @@ impl Core {
     }
 
     fn plan_sync(&mut self, device: usize, moves: &mut Vec<Move>) {
-        let written = std::mem::take(&mut self.disks.devices[device].unsynced);
+        let state = &mut self.disks.devices[device];
+        let written = std::mem::take(&mut state.unsynced);
         if written.is_empty() {
             return;
         }
-        let places = written.iter().filter_map(|reference| self.index.occupied_by(*reference));
-        let places = places.filter_map(|id| self.index[id].place());
-        let local = |place: Place| self.disks.devices[device].local(place.segment);
-        let mine = places.filter(|place| self.disks.segments[place.segment as usize].device == device);
-        let segments: std::collections::BTreeSet<u32> = mine.map(local).collect();
-        let id = self.disks.next_move(Going::Sync { device, written });
+        state.syncs_begun += 1;
+        let number = state.syncs_begun;
+        let segments: BTreeSet<u32> = written.iter().map(|(_, place)| state.local(place.segment)).collect();
+        let id = self.disks.next_move(Going::Sync { device, number, written });
         moves.push(Move { id, work: Work::Sync { segments: segments.into_iter().collect() } });
     }
 
@@ -186,7 +185,7 @@ impl Core {
         }
     }
 
-    fn plan_writes(&mut self, now: Millis, device: usize, mut room_bytes: u64, moves: &mut Vec<Move>) {
+    fn plan_writes(&mut self, now: Millis, device: usize, mut room: Room, moves: &mut Vec<Move>) {
         if self.disks.devices[device].free.len() < RESERVED_SEGMENTS {
             // What is left of the open segment is for reclaiming, which will free one.
             return;
@@ -205,10 +204,11 @@ impl Core {
             };
             let pages = self.record_pages(self.index[id].space);
             let bytes = u64::from(pages) * PAGE_BYTES;
-            if room_bytes < bytes || !self.plan_write(now, (device, id), (pages, false), moves) {
+            let mut after = room;
+            if !after.take(bytes) || !self.plan_write(now, (device, id), (pages, false), moves) {
                 return;
             }
-            room_bytes -= bytes;
+            room = after;
             self.disks.devices[device].queue.pop_front();
         }
     }
@@ -252,7 +252,11 @@ impl Core {
             let member = entry.member(id);
             self.disks.devices[device].policy.insert(&mut self.disk_nodes, member);
         }
-        let going = Going::Write { entry: reference, to: place, pages, relocation };
+        let from_disk = matches!(source, Source::Disk(_));
+        if relocation {
+            self.disks.devices[device].counters.relocated_bytes += u64::from(pages) * PAGE_BYTES;
+        }
+        let going = Going::Write { entry: reference, to: place, pages, relocation, from_disk };
         let to = self.disks.outside(place);
         let id = self.disks.next_move(going);
         moves.push(Move { id, work: Work::Write { record, source, to } });
@@ -304,94 +308,144 @@ impl Core {
     pub(crate) fn end_move(&mut self, now: Millis, id: MoveId, ended: Ended, effects: &mut Effects) {
         let Some(going) = self.disks.moves.remove(&id) else { return };
         let device = match &going {
-            Going::Open { segment, .. } | Going::Seal { segment } | Going::Free { segment } => {
-                self.disks.segments[*segment as usize].device
-            }
+            Going::Open { segment, .. }
+            | Going::Seal { segment }
+            | Going::Free { segment }
+            | Going::Erase { segment } => self.disks.segments[*segment as usize].device,
             Going::Write { to, .. } => self.disks.segments[to.segment as usize].device,
-            Going::Sync { device, .. } | Going::Mark { device } => *device,
+            Going::Sync { device, .. } | Going::Forget { device, .. } => *device,
         };
         match going {
-            Going::Open { segment, generation } if ended != Ended::Done => {
-                let place = &self.disks.segments[segment as usize];
-                let over = matches!(place.state, SegmentState::Free | SegmentState::Freeing);
-                if over || place.generation != generation {
-                    return;
-                }
-                let state = &mut self.disks.devices[device];
-                state.open = state.open.filter(|open| *open != segment);
+            Going::Open { segment, generation } => self.end_open(now, (segment, generation), ended),
+            Going::Free { segment } => self.end_free(segment, ended),
+            Going::Seal { segment } | Going::Erase { segment } => {
                 let place = &mut self.disks.segments[segment as usize];
-                // Writes planned into it fail as well; then it is freed, or not touched again.
-                place.state = SegmentState::Unusable;
-                if ended == Ended::NoRoom {
-                    place.state = SegmentState::Reclaiming;
-                    state.full_until = now.plus(FULL_RETRY_MS);
+                place.writes -= 1;
+                // An erased record must leave the summary, and a summary that could not be written is tried again.
+                let again = matches!(going, Going::Erase { .. }) || ended != Ended::Done;
+                if again && place.state == SegmentState::Sealed {
+                    place.state = SegmentState::Closing;
                 }
             }
-            Going::Free { segment } => {
-                let state = &mut self.disks.segments[segment as usize];
-                state.state = SegmentState::Free;
-                self.disks.devices[device].free.insert(segment);
-                self.disks.devices[device].counters.reclaimed_segments += 1;
+            Going::Write { entry, to, pages, relocation, from_disk } => {
+                self.end_write(now, (entry, ended), (to, pages), (relocation, from_disk), effects);
             }
-            Going::Write { entry, to, pages, relocation } => {
-                self.end_write(now, (entry, ended), (to, pages, relocation), effects);
-            }
-            Going::Sync { written, .. } => {
-                for reference in written {
-                    if ended == Ended::Done {
-                        if let Some(id) = self.index.resident(reference) {
-                            let entry = &mut self.index[id];
-                            entry.disk.durable = entry.place().is_some();
-                        }
-                    } else {
-                        self.disks.devices[device].unsynced.push(reference);
-                    }
+            Going::Sync { number, written, .. } => {
+                if ended == Ended::Done {
+                    let state = &mut self.disks.devices[device];
+                    state.synced = state.synced.max(number);
+                    self.end_sync(&written);
+                } else if self.disks.devices[device].state != DeviceState::Lost {
+                    // What the device accepted and could not keep is gone, and nobody can say what else is.
+                    self.lose_device(now, DeviceId(device as u32), effects);
                 }
             }
-            Going::Open { .. } | Going::Seal { .. } | Going::Mark { .. } => {}
+            Going::Forget { space, sequence, .. } if ended != Ended::Done => {
+                self.disks.devices[device].forgets.push((space, sequence));
+                if self.disks.devices[device].state == DeviceState::Lost {
+                    self.disks.remember_missed(device);
+                }
+            }
+            Going::Forget { .. } => {}
         }
         self.note_result(now, device, ended, effects);
+    }
+
+    fn end_open(&mut self, now: Millis, (segment, generation): (u32, u64), ended: Ended) {
+        let place = &mut self.disks.segments[segment as usize];
+        let over = matches!(place.state, SegmentState::Free | SegmentState::Freeing);
+        if ended == Ended::Done || over || place.generation != generation {
+            return;
+        }
+        let device = &mut self.disks.devices[place.device];
+        device.open = device.open.filter(|open| *open != segment);
+        // Writes planned into it fail as well; then it is freed, or not touched again.
+        place.state = SegmentState::Unusable;
+        if ended == Ended::NoRoom {
+            place.state = SegmentState::Reclaiming;
+            place.no_room = true;
+            device.full_until = now.plus(FULL_RETRY_MS);
+            device.needs_room = true;
+        }
+    }
+
+    fn end_free(&mut self, segment: u32, ended: Ended) {
+        let place = &mut self.disks.segments[segment as usize];
+        let device = &mut self.disks.devices[place.device];
+        if ended != Ended::Done {
+            place.state = SegmentState::Unusable;
+            return;
+        }
+        place.state = SegmentState::Free;
+        device.free.insert(segment);
+        if !std::mem::take(&mut place.no_room) {
+            device.counters.reclaimed_segments += 1;
+            device.needs_room = false;
+            device.full_until = Millis(0);
+        }
+    }
+
+    fn end_sync(&mut self, written: &[(EntryRef, Place)]) {
+        for (reference, place) in written {
+            if let Some(id) = self.index.resident(*reference) {
+                let entry = &mut self.index[id];
+                if entry.place() == Some(*place) {
+                    entry.disk.durable = true;
+                }
+            }
+        }
     }
 
     fn end_write(
         &mut self,
         now: Millis,
         (reference, ended): (EntryRef, Ended),
-        (to, pages, relocation): (Place, u32, bool),
+        (to, pages): (Place, u32),
+        (relocation, from_disk): (bool, bool),
         effects: &mut Effects,
     ) {
         let device = self.disks.segments[to.segment as usize].device;
         self.disks.segments[to.segment as usize].writes -= 1;
         // Pinned by the move: it is still the same entry.
         let id = reference.id;
-        let bytes = u64::from(pages) * PAGE_BYTES;
         let lost = self.disks.devices[device].state == DeviceState::Lost;
         self.index[id].disk.writing = false;
+        let resident = self.index[id].state == EntryState::Resident;
         if ended == Ended::Done && !lost {
-            let counters = &mut self.disks.devices[device].counters;
+            let state = &mut self.disks.devices[device];
+            state.unsynced.push((reference, to));
             if relocation {
-                counters.relocated_bytes += bytes;
+                let wait_sync = state.syncs_begun + 1;
                 if let Some(from) = self.index[id].place() {
                     self.disks.drop_live(from, pages);
+                    self.disks.segments[from.segment as usize].wait_sync = wait_sync;
                 }
                 self.index[id].set_place(Some(to));
             } else {
-                counters.stored_blocks += 1;
-                counters.stored_bytes += bytes;
+                state.counters.stored_blocks += 1;
+                state.counters.stored_bytes += u64::from(pages) * PAGE_BYTES;
             }
             self.index[id].disk.durable = false;
-            self.disks.devices[device].unsynced.push(reference);
         } else if relocation {
             self.disks.drop_live(to, pages);
+            match ended {
+                Ended::Corrupt if resident => self.remove(now, id, MissReason::Quarantined, effects),
+                // What cannot be read cannot be moved, and would be in the way for ever.
+                Ended::Failed if resident && from_disk => {
+                    self.remove(now, id, MissReason::DeviceLost, effects)
+                }
+                _ => {}
+            }
             if ended == Ended::Corrupt {
                 self.disks.devices[device].counters.corrupt_blocks += 1;
-                if self.index[id].state == EntryState::Resident {
-                    self.remove(now, id, MissReason::Quarantined, effects);
-                }
             }
         } else if self.index[id].place() == Some(to) {
             self.leave_device(id, Left::Removed);
+            if resident && matches!(ended, Ended::Cancelled | Ended::NoRoom) {
+                self.enqueue_write(id);
+            }
         }
+        self.drop_record_of_doomed(id);
         self.unpin(id);
     }
 }

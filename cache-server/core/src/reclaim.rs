@@ -4,13 +4,16 @@ use crate::disk::{Going, PAGE_BYTES, Place, SegmentState};
 use crate::index::{EntryState, OnDisk};
 use crate::moves::{Move, Work};
 use crate::state::Core;
-use crate::{Effects, Millis};
+use crate::{Effects, Millis, Room};
 
 /// Pages of a segment that hold no record: its header, and a summary of one page and its trailer.
 const MIN_OVERHEAD_PAGES: u64 = 3;
 
 /// Reclaiming starts when fewer segments than this are free.
 const LOW_SEGMENTS: usize = 3;
+
+/// Copies that leave in one plan, so that none takes long.
+const MAX_EVICTIONS: usize = 1024;
 
 impl Core {
     /// Lets copies leave until the device is as full as it may be.
@@ -22,7 +25,10 @@ impl Core {
         let in_segment = u64::from(state.segment_pages()).saturating_sub(MIN_OVERHEAD_PAGES) / per_block;
         let target = ((segments * in_segment * per_block) as f64 * state.config.fill) as u64;
         state.policy.resize((target / per_block) as usize);
-        while self.disks.devices[device].live_pages > target {
+        for _ in 0..MAX_EVICTIONS {
+            if self.disks.devices[device].live_pages <= target {
+                return;
+            }
             let policy = &mut self.disks.devices[device].policy;
             let Some(victim) = policy.victim(&mut self.disk_nodes, &OnDisk(&self.index)) else { return };
             self.evict_copy(now, victim, effects);
@@ -33,16 +39,18 @@ impl Core {
     pub(crate) fn reclaim(
         &mut self,
         now: Millis,
-        (device, room_bytes): (usize, &mut u64),
+        (device, room): (usize, &mut Room),
         moves: &mut Vec<Move>,
         effects: &mut Effects,
     ) {
         let range = self.disks.devices[device].segment_range();
         let state = |core: &Self, segment: u32| core.disks.segments[segment as usize].state;
         let low = self.disks.devices[device].free.len() < LOW_SEGMENTS;
-        if (low || now < self.disks.devices[device].full_until)
+        if (low || self.disks.devices[device].needs_room)
             && !range.clone().any(|segment| {
-                matches!(state(self, segment), SegmentState::Reclaiming | SegmentState::Freeing)
+                let reclaiming =
+                    matches!(state(self, segment), SegmentState::Reclaiming | SegmentState::Freeing);
+                reclaiming && !self.disks.segments[segment as usize].no_room
             })
         {
             let sealed = range.clone().filter(|segment| state(self, *segment) == SegmentState::Sealed);
@@ -56,13 +64,16 @@ impl Core {
         }
         for segment in range {
             if state(self, segment) == SegmentState::Reclaiming {
-                self.empty_segment(now, (segment, room_bytes), moves, effects);
+                self.empty_segment(now, (segment, room), moves, effects);
             }
             let segment_state = &mut self.disks.segments[segment as usize];
-            let empty = segment_state.live_pages == 0 && segment_state.writes == 0;
+            // What was moved out is safe first.
+            let synced = segment_state.wait_sync <= self.disks.devices[device].synced;
+            let empty = segment_state.live_pages == 0 && segment_state.writes == 0 && synced;
             if empty && matches!(segment_state.state, SegmentState::Reclaiming | SegmentState::Sealed) {
                 segment_state.state = SegmentState::Freeing;
                 segment_state.records = Vec::new();
+                segment_state.wait_sync = 0;
                 let id = self.disks.next_move(Going::Free { segment });
                 let segment = self.disks.devices[device].local(segment);
                 moves.push(Move { id, work: Work::Free { segment } });
@@ -74,7 +85,7 @@ impl Core {
     fn empty_segment(
         &mut self,
         now: Millis,
-        (segment, room_bytes): (u32, &mut u64),
+        (segment, room): (u32, &mut Room),
         moves: &mut Vec<Move>,
         effects: &mut Effects,
     ) {
@@ -90,11 +101,12 @@ impl Core {
             let pages = self.record_pages(entry.space);
             let bytes = u64::from(pages) * PAGE_BYTES;
             if must_stay || self.may_relocate(device, bytes) {
-                if *room_bytes < bytes {
+                let mut after = *room;
+                if !after.take(bytes) {
                     return;
                 }
                 if self.plan_write(now, (device, id), (pages, true), moves) {
-                    *room_bytes -= bytes;
+                    *room = after;
                     continue;
                 }
                 if must_stay {
@@ -108,6 +120,9 @@ impl Core {
     pub(crate) fn may_relocate(&self, device: usize, bytes: u64) -> bool {
         let device = &self.disks.devices[device];
         let (stored, relocated) = (device.counters.stored_bytes, device.counters.relocated_bytes);
-        (relocated + bytes) as f64 <= (device.config.max_write_amplification - 1.0) * stored as f64
+        // One segment's worth to begin with: a device that was just attached has stored nothing yet.
+        let allowed = (device.config.max_write_amplification - 1.0) * stored as f64
+            + device.config.segment_bytes as f64;
+        (relocated + bytes) as f64 <= allowed
     }
 }

@@ -80,8 +80,7 @@ impl Core {
         if !std::mem::replace(&mut entry.disk.reused, true) {
             self.reuse.used_again(depth);
         }
-        if self.config.admission != Admission::Always {
-            self.enqueue_write(id);
-        }
+        // Whatever the admission: blocks that came while no device could take them are written at their next use.
+        self.enqueue_write(id);
     }
 }

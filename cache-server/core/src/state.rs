@@ -128,8 +128,8 @@ impl Core {
                 self.lose_device(now, device, &mut effects);
                 Ok(Reply::Done)
             }
-            Event::PlanMoves { device, room_bytes, sync } => {
-                Ok(Reply::Moves(self.plan_moves(now, device, (room_bytes, sync), &mut effects)))
+            Event::PlanMoves { device, room, sync } => {
+                Ok(Reply::Moves(self.plan_moves(now, device, (room, sync), &mut effects)))
             }
             Event::EndMove { id, ended } => {
                 self.end_move(now, id, ended, &mut effects);
@@ -180,6 +180,11 @@ impl Core {
             resident_blocks: space.resident,
         };
         self.spaces.iter().map(usage).collect()
+    }
+
+    /// Flushed spaces that devices have not yet written down.
+    pub fn pending_forgets(&self) -> usize {
+        self.disks.pending_forgets()
     }
 
     /// The bytes of a block of a space, and of the slots that hold them.
@@ -246,9 +251,7 @@ impl Core {
             self.remove(now, *id, MissReason::Removed, effects);
         }
         let id = self.spaces[space].id;
-        for device in &mut self.disks.devices {
-            device.forgets.push((id, device.sequence));
-        }
+        self.disks.forget(id);
         Ok(Reply::Flushed(blocks.len() as u64))
     }
 
@@ -352,7 +355,19 @@ impl Core {
         effects.removed.push(Removed { hash, reason });
         if !pinned {
             self.free_entry(id);
+        } else {
+            self.drop_record_of_doomed(id);
         }
+    }
+
+    /// Nobody reads the record of a block that left the index, unless a move is at it.
+    pub(crate) fn drop_record_of_doomed(&mut self, id: EntryId) {
+        let entry = &mut self.index[id];
+        let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Doomed;
+        let Some(place) = entry.place().filter(|_| !busy) else { return };
+        entry.set_place(None);
+        let pages = self.record_pages(self.index[id].space);
+        self.disks.drop_live(place, pages);
     }
 
     /// Makes room in host memory: the block leaves, unless a device has it too.

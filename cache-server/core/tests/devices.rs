@@ -30,7 +30,15 @@ fn core(policy: PolicyKind, admission: Admission) -> Core {
 
 fn device(policy: PolicyKind) -> DeviceConfig {
     // 16 pages: a header, six records of two pages, a summary of two.
-    DeviceConfig { segment_bytes: 16 * 4096, segments: 6, policy, fill: 0.7, max_write_amplification: 1.5 }
+    DeviceConfig {
+        identity: 7,
+        first_generation: 0,
+        segment_bytes: 16 * 4096,
+        segments: 6,
+        policy,
+        fill: 0.7,
+        max_write_amplification: 1.5,
+    }
 }
 
 struct Run {
@@ -158,9 +166,9 @@ impl Run {
 
     fn plan(&mut self) {
         let device = self.devices[self.rng.random_range(0..self.devices.len())];
-        let room_bytes = self.rng.random_range(0..10) * 8192;
+        let room = Room { bytes: self.rng.random_range(0..10) * 8192, blocks: 5, idle: false };
         let sync = self.rng.random_bool(0.3);
-        let reply = self.apply(Event::PlanMoves { device, room_bytes, sync }).reply;
+        let reply = self.apply(Event::PlanMoves { device, room, sync }).reply;
         let Reply::Moves(moves) = reply else { panic!() };
         for planned in &moves {
             self.note(device, &planned.work);
@@ -294,7 +302,11 @@ impl Run {
                 self.apply(Event::EndMove { id: moved.id, ended: Ended::Done });
             }
             for device in self.devices.clone() {
-                let plan = Event::PlanMoves { device, room_bytes: 1 << 20, sync: true };
+                let plan = Event::PlanMoves {
+                    device,
+                    room: Room { bytes: 1 << 20, blocks: 99, idle: true },
+                    sync: true,
+                };
                 let Reply::Moves(moves) = self.apply(plan).reply else { panic!() };
                 self.moves.extend(moves);
             }

@@ -6,7 +6,12 @@ use crate::engine::Engine;
 use cairn_core::{DeviceCondition, Event, Reply};
 use cairn_proto::{MissReason, SpaceId, Tier, pb};
 use std::path::Path;
+use std::time::Duration;
 use tonic::{Request, Response, Status};
+
+/// Longest wait until a flush is durable on all devices, and how often to look.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+const FLUSH_STEP: Duration = Duration::from_millis(2);
 
 pub(crate) struct AdminService(pub(crate) Context);
 
@@ -45,6 +50,15 @@ impl pb::admin_server::Admin for AdminService {
         let Reply::Flushed(removed_blocks) = reply else {
             return Err(unexpected());
         };
+        let patience = tokio::time::Instant::now() + FLUSH_TIMEOUT;
+        while self.0.engine.inspect(cairn_core::Core::pending_forgets) > 0 {
+            if tokio::time::Instant::now() > patience {
+                return Err(Status::deadline_exceeded(
+                    "the blocks are gone from memory, but a device has not written that down: they may be back after a restart",
+                ));
+            }
+            tokio::time::sleep(FLUSH_STEP).await;
+        }
         tracing::info!(?space, removed_blocks, "space flushed");
         Ok(Response::new(pb::FlushResponse { removed_blocks }))
     }

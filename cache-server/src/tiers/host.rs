@@ -99,6 +99,10 @@ impl HostArena {
     /// The right to write a slot that a fill holds. The engine makes one for each slot of a fill.
     pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Guard) -> SlotWriter {
         self.range(slot, len);
+        let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
+        // SAFETY: the whole slot is inside the mapping (`range`), and belongs to this writer alone (see `SlotWriter::write`). What is behind
+        // the block may be written to a device with it, and must not be another tenant's.
+        unsafe { self.pointer(slot, len).add(len as usize).write_bytes(0, (slot_bytes - len) as usize) };
         SlotWriter { arena: self.clone(), slot, len, _guard: guard }
     }
 

@@ -28,7 +28,7 @@ pub(crate) struct ServeOptions {
     #[arg(long, env = "CAIRN_NVME_DIR", value_name = "PATH", requires = "nvme_mib")]
     nvme_dir: Option<PathBuf>,
     /// All that this directory may hold, in MiB.
-    #[arg(long, env = "CAIRN_NVME_MIB", value_name = "MIB")]
+    #[arg(long, env = "CAIRN_NVME_MIB", value_name = "MIB", requires = "nvme_dir")]
     nvme_mib: Option<u64>,
     /// Size of its segment files, in MiB [default: 256].
     #[arg(long, value_name = "MIB")]

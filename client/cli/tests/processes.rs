@@ -257,7 +257,7 @@ fn mistakes_get_a_clear_message_and_a_failure() {
         (&["serve", "--listen", &taken, "--http-listen", "127.0.0.1:0"], "--listen"),
         (&["serve", "--listen", "0.0.0.0:0"], "allow_insecure_network"),
         (&["serve", "--config", "/nonexistent.toml"], "/nonexistent.toml"),
-        (&["serve", "--policy", "magic", "--listen", "127.0.0.1:0"], "known: lru, fifo"),
+        (&["serve", "--policy", "magic", "--listen", "127.0.0.1:0"], "known: cairn, lru, fifo"),
         (&["worker", "--model", "/nonexistent.gguf", "--listen", "127.0.0.1:0"], "/nonexistent.gguf"),
         (&["worker", "--model", "synthetic:x"], "synthetic:SEED"),
         (&["worker", "--model", "synthetic:1", "--listen", "0.0.0.0:0"], "loopback"),

@@ -1,7 +1,7 @@
-//! Encryption at rest: AES-256-GCM, one key for each tenant and device. The device's own key and its count of starts keep
-//! nonces apart; see `format` for what is stored.
+//! Encryption at rest: AES-256-GCM, one key for each tenant, device and start, so that not even a copy of the directory uses a nonce
+//! twice; see `format` for what is stored.
 
-use super::format::{DeviceKey, Seal, TAG_BYTES};
+use super::format::{DeviceKey, SALT_BYTES, Seal, TAG_BYTES};
 use cairn_core::Record;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, Tag, UnboundKey};
 use std::collections::HashMap;
@@ -14,9 +14,9 @@ pub const KEY_BYTES: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WrongKey;
 
-/// The tenants whose blocks are encrypted on this device.
+/// The tenants whose blocks are encrypted on this device, with what their keys are derived from.
 #[derive(Clone, Default)]
-pub(crate) struct Ciphers(HashMap<Arc<str>, Arc<LessSafeKey>>);
+pub(crate) struct Ciphers(HashMap<Arc<str>, [u8; 2 * KEY_BYTES]>);
 
 #[derive(Clone, Copy)]
 enum Part {
@@ -25,16 +25,22 @@ enum Part {
 }
 
 impl Ciphers {
-    /// Keys for one device, derived from the tenants'.
+    /// For one device.
     pub(crate) fn new(tenants: &HashMap<String, [u8; KEY_BYTES]>, device: &DeviceKey) -> Self {
-        let derive = |(tenant, key): (&String, &[u8; KEY_BYTES])| {
-            let mut material = key.to_vec();
-            material.extend(device.0);
-            let derived = blake3::derive_key("cairn 2026 tenant encryption on a device", &material);
-            let unbound = UnboundKey::new(&AES_256_GCM, &derived).ok()?;
-            Some((tenant.as_str().into(), Arc::new(LessSafeKey::new(unbound))))
+        let material = |(tenant, key): (&String, &[u8; KEY_BYTES])| {
+            let mut material = [0; 2 * KEY_BYTES];
+            material[..KEY_BYTES].copy_from_slice(key);
+            material[KEY_BYTES..].copy_from_slice(&device.0);
+            (tenant.as_str().into(), material)
         };
-        Self(tenants.iter().filter_map(derive).collect())
+        Self(tenants.iter().map(material).collect())
+    }
+
+    /// The key of a tenant for one start of the device.
+    fn key(&self, tenant: &str, salt: [u8; SALT_BYTES]) -> Option<LessSafeKey> {
+        let mut hasher = blake3::Hasher::new_derive_key("cairn 2026 tenant encryption on a device");
+        hasher.update(self.0.get(tenant)?).update(&salt);
+        UnboundKey::new(&AES_256_GCM, hasher.finalize().as_bytes()).ok().map(LessSafeKey::new)
     }
 
     /// Whether blocks of a tenant are encrypted.
@@ -43,8 +49,13 @@ impl Ciphers {
     }
 
     /// Encrypts a payload in place and the checksum in its record.
-    pub(crate) fn seal(&self, record: &mut Record, epoch: u32, payload: &mut [u8]) -> Option<Seal> {
-        let key = self.0.get(&record.tenant)?;
+    pub(crate) fn seal(
+        &self,
+        record: &mut Record,
+        (epoch, salt): (u32, [u8; SALT_BYTES]),
+        payload: &mut [u8],
+    ) -> Option<Seal> {
+        let key = self.key(&record.tenant, salt)?;
         let tag = |part, bytes: &mut [u8]| {
             let nonce = nonce(epoch, record.sequence, part)?;
             let tag = key.seal_in_place_separate_tag(nonce, aad(record), bytes).ok()?;
@@ -54,12 +65,12 @@ impl Ciphers {
         let mut checksum = record.checksum;
         let checksum_tag = tag(Part::Checksum, &mut checksum.0)?;
         record.checksum = checksum;
-        Some(Seal { epoch, payload_tag, checksum_tag })
+        Some(Seal { epoch, salt, payload_tag, checksum_tag })
     }
 
     /// Decrypts the checksum of a record.
     pub(crate) fn open_record(&self, record: &mut Record, seal: &Seal) -> Result<(), WrongKey> {
-        let key = self.0.get(&record.tenant).ok_or(WrongKey)?;
+        let key = self.key(&record.tenant, seal.salt).ok_or(WrongKey)?;
         let nonce = nonce(seal.epoch, record.sequence, Part::Checksum).ok_or(WrongKey)?;
         let mut checksum = record.checksum;
         let opened = key.open_in_place_separate_tag(
@@ -81,7 +92,7 @@ impl Ciphers {
         seal: &Seal,
         payload: &mut [u8],
     ) -> Result<(), WrongKey> {
-        let key = self.0.get(&record.tenant).ok_or(WrongKey)?;
+        let key = self.key(&record.tenant, seal.salt).ok_or(WrongKey)?;
         let nonce = nonce(seal.epoch, record.sequence, Part::Payload).ok_or(WrongKey)?;
         let opened =
             key.open_in_place_separate_tag(nonce, aad(record), Tag::from(seal.payload_tag), payload, 0..);
@@ -129,7 +140,7 @@ mod tests {
         };
         let mut record = plain.clone();
         let mut payload = [7u8; 100];
-        let seal = ciphers(1, 1).seal(&mut record, 4, &mut payload).unwrap();
+        let seal = ciphers(1, 1).seal(&mut record, (4, [8; SALT_BYTES]), &mut payload).unwrap();
         assert!(payload != [7; 100] && record.checksum != plain.checksum);
         for other in [ciphers(2, 1), ciphers(1, 2), Ciphers::default()] {
             assert_eq!(other.open_record(&mut record.clone(), &seal), Err(WrongKey));

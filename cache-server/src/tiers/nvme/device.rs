@@ -1,6 +1,7 @@
 //! One directory of the tier: its identity, its segment files, and whole records in and out of them.
 
 use super::cipher::{Ciphers, KEY_BYTES};
+use super::format::SALT_BYTES;
 use super::format::{DeviceKey, FORMAT_VERSION, Header, Position, TOMBSTONE_BYTES};
 use super::io::{Engine, Memory, Operation, Pages, Request, perform};
 use cairn_core::{DiskPlace, HEADER_PAGES, PAGE_BYTES, Record};
@@ -20,6 +21,9 @@ const IDENTITY_FILE: &str = "device.toml";
 const LOCK_FILE: &str = "lock";
 const TOMBSTONE_FILE: &str = "forgotten";
 const SEGMENT_FOLDER: &str = "segments";
+
+/// Segments of a device: one open, one for reclaiming to go on, and something to reclaim.
+pub(crate) const MIN_SEGMENTS: u32 = 4;
 
 /// Room that everything but segments may take.
 pub const METADATA_BYTES: u64 = 1 << 20;
@@ -45,8 +49,37 @@ pub enum DeviceError {
         /// Where.
         path: PathBuf,
     },
+    /// It is no place that the server was told of.
+    #[error("{path} is not among the server's nvme.device entries")]
+    NotConfigured {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is nothing to attach.
+    #[error("{path} is in service already")]
+    InService {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is nothing to detach.
+    #[error("{path} is not in service")]
+    NotInService {
+        /// Where.
+        path: PathBuf,
+    },
+    /// It would have too few segments.
+    #[error(
+        "{path} has segments of {segment_mib} MiB, and its capacity must hold at least {MIN_SEGMENTS} of them and 1 MiB more; \
+         nothing was changed"
+    )]
+    TooSmall {
+        /// Where.
+        path: PathBuf,
+        /// Size of its segments.
+        segment_mib: u64,
+    },
     /// Another process has it.
-    #[error("{path} is in use by another process")]
+    #[error("{path} is in use by another process, or its last work is not yet over")]
     Locked {
         /// Where.
         path: PathBuf,
@@ -120,6 +153,8 @@ pub(crate) struct Device {
     path: PathBuf,
     pub(crate) key: DeviceKey,
     epoch: u32,
+    /// Of this start: keys derived with it are used by no other, not even of a copy of the directory.
+    salt: [u8; SALT_BYTES],
     segment_bytes: u64,
     segments: u32,
     engine: Arc<dyn Engine>,
@@ -158,8 +193,18 @@ impl Device {
             return Err(DeviceError::NoDirectory { path });
         }
         let fail = |source| DeviceError::Io { path: path.clone(), source };
+        let found = read_identity(&path)?;
+        if found.is_none() && !options.read_only {
+            check_empty(&path)?;
+        }
+        let segment_bytes = found.as_ref().map_or(options.segment_bytes, |identity| identity.segment_bytes);
+        let room = options.capacity_bytes.saturating_sub(METADATA_BYTES);
+        let segments = u32::try_from(room / segment_bytes.max(1)).unwrap_or(u32::MAX);
+        if segments < MIN_SEGMENTS {
+            return Err(DeviceError::TooSmall { path, segment_mib: segment_bytes >> 20 });
+        }
         let lock = if options.read_only { None } else { Some(lock(&path)?) };
-        let mut identity = match read_identity(&path)? {
+        let mut identity = match found {
             Some(identity) => identity,
             None if options.read_only => {
                 return Err(DeviceError::Damaged { path, reason: format!("it has no {IDENTITY_FILE}") });
@@ -174,8 +219,8 @@ impl Device {
             identity.epoch += 1;
             write_identity(&path, &identity).map_err(fail)?;
         }
-        let room = options.capacity_bytes.saturating_sub(METADATA_BYTES);
-        let segments = u32::try_from(room / identity.segment_bytes).unwrap_or(u32::MAX);
+        let mut salt = [0; SALT_BYTES];
+        fill_random(&mut salt).map_err(fail)?;
         let tombstones = std::fs::read(path.join(TOMBSTONE_FILE)).or_else(absent).map_err(fail)?;
         let mut latest: HashMap<SpaceId, u64> = HashMap::new();
         for (space, sequence) in key.read_tombstones(&tombstones) {
@@ -186,6 +231,7 @@ impl Device {
             ciphers: Ciphers::new(&options.keys, &key),
             key,
             epoch: identity.epoch,
+            salt,
             segment_bytes: identity.segment_bytes,
             segments,
             engine,
@@ -205,6 +251,18 @@ impl Device {
             }
         }
         Ok(device)
+    }
+
+    /// The same whenever this directory is opened.
+    pub(crate) fn identity(&self) -> u64 {
+        let mut first = [0; 8];
+        first.copy_from_slice(&blake3::hash(&self.key.0).as_bytes()[..8]);
+        u64::from_le_bytes(first)
+    }
+
+    /// Higher than any generation of an earlier start.
+    pub(crate) fn first_generation(&self) -> u64 {
+        u64::from(self.epoch) << 32
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -318,13 +376,21 @@ impl Device {
 
     /// Begins a segment: takes its room, and names its generation.
     pub(crate) async fn open_segment(&self, segment: u32, generation: u64) -> io::Result<()> {
+        let new = self.existing(segment)?.is_none();
         let file = self.file(segment, true)?;
+        if new {
+            // Or the file itself is gone after a loss of power, whatever is durable in it.
+            let folder = self.path.join(SEGMENT_FOLDER);
+            let synced = tokio::task::spawn_blocking(move || File::open(folder)?.sync_all()).await;
+            synced.map_err(io::Error::other)??;
+        }
         let nothing = || Memory::Pages(Pages::new(0));
         self.request(Operation::Allocate(self.segment_bytes), file.clone(), 0, nothing()).await?;
         let mut page = Pages::new(1);
         self.key.write_segment(page.as_mut(), Position { segment, generation, page: 0 });
         self.request(Operation::Write, file, 0, Memory::Pages(page)).await?;
-        Ok(())
+        // Before anything is written behind it: the old generation must not pass for the present one.
+        self.sync(segment).await
     }
 
     /// Writes one record. `payload` is padded to whole pages.
@@ -336,9 +402,9 @@ impl Device {
     ) -> io::Result<()> {
         let file = self.file(to.segment, false)?;
         let (payload, seal) = if self.ciphers.encrypts(&record.tenant) {
-            let mut copy = Pages::from_bytes(payload.bytes());
+            let mut copy = Pages::from_bytes(&payload.bytes()[..record.block_bytes as usize]);
             let text = &mut copy.as_mut()[..record.block_bytes as usize];
-            let seal = self.ciphers.seal(&mut record, self.epoch, text);
+            let seal = self.ciphers.seal(&mut record, (self.epoch, self.salt), text);
             (Memory::Pages(copy), Some(seal.ok_or_else(|| io::Error::other("a block cannot be encrypted"))?))
         } else {
             (payload, None)
@@ -347,8 +413,9 @@ impl Device {
         self.key.write_record(header.as_mut(), &Header { record, seal }, position(to));
         let first = self.request(Operation::Write, file.clone(), to.page, Memory::Pages(header));
         let second = self.request(Operation::Write, file, to.page + HEADER_PAGES, payload);
-        futures::try_join!(first, second)?;
-        Ok(())
+        // Both must have ended before anybody may use the memory or the segment for something else.
+        let (first, second) = futures::join!(first, second);
+        first.and(second).map(|_| ())
     }
 
     /// Reads the payload of a record into `memory`, and verifies it.
@@ -364,8 +431,10 @@ impl Device {
         let mut memory;
         if self.ciphers.encrypts(&record.tenant) {
             let header = self.read_pages(&file, from.page, HEADER_PAGES as usize);
-            let (read, header) = futures::try_join!(payload, header).map_err(ReadError::Io)?;
-            memory = read;
+            // Both must have ended before anybody may use the memory for something else.
+            let (read, header) = futures::join!(payload, header);
+            memory = read.map_err(ReadError::Io)?;
+            let header = header.map_err(ReadError::Io)?;
             let header = self.key.read_record(header.as_ref(), position(from));
             let header = header.map_err(|_| ReadError::Corrupt)?;
             if let Some(seal) = header.seal {
@@ -440,6 +509,7 @@ impl Device {
         }
         file.write_all(&self.key.write_tombstone(&space, sequence))?;
         file.sync_data()?;
+        File::open(&self.path)?.sync_all()?;
         let last = tombstones.entry(space).or_default();
         *last = sequence.max(*last);
         Ok(())
@@ -482,7 +552,8 @@ fn read_identity(path: &Path) -> Result<Option<Identity>, DeviceError> {
     Ok(Some(identity))
 }
 
-fn new_identity(path: &Path, segment_bytes: u64) -> Result<Identity, DeviceError> {
+/// A directory with anything else in it is not ours, and is not touched.
+fn check_empty(path: &Path) -> Result<(), DeviceError> {
     let fail = |source| DeviceError::Io { path: path.to_owned(), source };
     for entry in std::fs::read_dir(path).map_err(fail)? {
         let name = entry.map_err(fail)?.file_name();
@@ -491,6 +562,11 @@ fn new_identity(path: &Path, segment_bytes: u64) -> Result<Identity, DeviceError
             return Err(DeviceError::Foreign { path: path.to_owned() });
         }
     }
+    Ok(())
+}
+
+fn new_identity(path: &Path, segment_bytes: u64) -> Result<Identity, DeviceError> {
+    let fail = |source| DeviceError::Io { path: path.to_owned(), source };
     let mut key = [0u8; 32];
     fill_random(&mut key).map_err(fail)?;
     let identity = Identity { format: FORMAT_VERSION, segment_bytes, epoch: 0, key: hex::encode(key) };

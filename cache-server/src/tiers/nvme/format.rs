@@ -26,9 +26,12 @@ const SUMMARY_MAGIC: [u8; 8] = *b"CAIRNSUM";
 
 const MAC_BYTES: usize = 32;
 /// Bytes of a record header that mean something; the rest of its page is zero.
-const RECORD_BYTES: usize = 480;
+const RECORD_BYTES: usize = 496;
 const SEGMENT_BYTES: usize = 96;
 const TRAILER_BYTES: usize = 128;
+
+/// Bytes that make the keys of one start of a device its own.
+pub const SALT_BYTES: usize = 16;
 
 /// Bytes that authenticate one encrypted text.
 pub const TAG_BYTES: usize = 16;
@@ -53,6 +56,8 @@ pub struct Position {
 pub struct Seal {
     /// Which start of the device made the nonces, which never repeat within one.
     pub epoch: u32,
+    /// Of that start.
+    pub salt: [u8; SALT_BYTES],
     /// Of the payload.
     pub payload_tag: [u8; TAG_BYTES],
     /// Of the checksum, which is encrypted too: it would tell a guesser that the guess is right.
@@ -183,6 +188,7 @@ impl DeviceKey {
         writer.put(&record.checksum.0);
         writer.put(&seal.map_or([0; TAG_BYTES], |seal| seal.payload_tag));
         writer.put(&seal.map_or([0; TAG_BYTES], |seal| seal.checksum_tag));
+        writer.put(&seal.map_or([0; SALT_BYTES], |seal| seal.salt));
         writer.put(&[u8::from(record.parent.is_some()), u8::from(seal.is_some())]);
         writer.put(&record.depth.to_le_bytes());
         writer.put(&(record.tenant.len() as u16).to_le_bytes());
@@ -206,7 +212,8 @@ impl DeviceKey {
         let hash = BlockHash(reader.take());
         let parent = BlockHash(reader.take());
         let checksum = Checksum(reader.take());
-        let seal = Seal { epoch, payload_tag: reader.take(), checksum_tag: reader.take() };
+        let (payload_tag, checksum_tag, salt) = (reader.take(), reader.take(), reader.take());
+        let seal = Seal { epoch, salt, payload_tag, checksum_tag };
         let [has_parent, sealed] = reader.take();
         let depth = u16::from_le_bytes(reader.take());
         let tenant_len = usize::from(u16::from_le_bytes(reader.take()));
@@ -349,7 +356,7 @@ mod tests {
             depth: 77,
             sequence: 99,
         };
-        let seal = Seal { epoch: 5, payload_tag: [n; 16], checksum_tag: [n; 16] };
+        let seal = Seal { epoch: 5, salt: [n; 16], payload_tag: [n; 16], checksum_tag: [n; 16] };
         Header { record, seal: n.is_multiple_of(3).then_some(seal) }
     }
 

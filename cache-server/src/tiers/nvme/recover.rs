@@ -4,7 +4,7 @@
 use super::device::Device;
 use super::format::{FormatError, Header, Position};
 use super::io::Pages;
-use cairn_core::{Found, PAGE_BYTES, SUMMARY_RECORD_BYTES, record_pages, summary_pages};
+use cairn_core::{Found, PAGE_BYTES, record_pages, summary_pages};
 use cairn_proto::Checksum;
 use std::fs::File;
 use std::io;
@@ -21,6 +21,8 @@ pub(crate) struct Segment {
     pub(crate) sealed: bool,
     pub(crate) found: Vec<Found>,
     pub(crate) dropped: Dropped,
+    /// The highest number of any record, used or not.
+    pub(crate) last_sequence: u64,
 }
 
 /// Records that were found and are not used, by reason.
@@ -59,17 +61,25 @@ pub(crate) async fn read_segment(device: &Device, number: u32) -> io::Result<Opt
         }
         Err(_) => return Ok(None),
     };
-    let mut segment =
-        Segment { number, generation, sealed: true, found: Vec::new(), dropped: Dropped::default() };
-    let headers = match read_summary(device, &file, (number, generation)).await? {
+    let mut segment = Segment {
+        number,
+        generation,
+        sealed: true,
+        found: Vec::new(),
+        dropped: Dropped::default(),
+        last_sequence: 0,
+    };
+    // A summary that cannot be read is as good as none.
+    let headers = match read_summary(device, &file, (number, generation)).await.unwrap_or(None) {
         Some(headers) => headers,
         None => {
             segment.sealed = false;
-            search(device, &file, &mut segment).await?
+            search(device, &file, &mut segment).await
         }
     };
     for (page, header) in headers {
         let Header { mut record, seal } = header;
+        segment.last_sequence = segment.last_sequence.max(record.sequence);
         let readable = match seal {
             None => true,
             Some(seal) => device.ciphers().open_record(&mut record, &seal).is_ok(),
@@ -94,7 +104,6 @@ async fn read_summary(
     let trailer = device.read_pages(file, last, 1).await?;
     let Ok((count, hash)) = device.key.read_trailer(trailer.as_ref(), place) else { return Ok(None) };
     let pages = summary_pages(count as usize) - 1;
-    debug_assert_eq!(SUMMARY_RECORD_BYTES * u64::from(count), SUMMARY_RECORD_BYTES * u64::from(count));
     if pages >= last {
         return Ok(None);
     }
@@ -106,7 +115,7 @@ async fn read_summary(
 }
 
 /// Walks over all pages: from record to record where they follow each other, page by page where they do not.
-async fn search(device: &Device, file: &Arc<File>, segment: &mut Segment) -> io::Result<Vec<(u32, Header)>> {
+async fn search(device: &Device, file: &Arc<File>, segment: &mut Segment) -> Vec<(u32, Header)> {
     let mut headers = Vec::new();
     let end = device.segment_pages();
     let mut window = (0, Pages::new(0));
@@ -117,7 +126,13 @@ async fn search(device: &Device, file: &Arc<File>, segment: &mut Segment) -> io:
             Some(start) => &window.1.as_ref()[start..],
             None => {
                 let count = SEARCH_PAGES.min(end - page);
-                window = (page, device.read_pages(file, page, count as usize).await?);
+                let Ok(pages) = device.read_pages(file, page, count as usize).await else {
+                    // What cannot be read is lost; what is behind it need not be.
+                    segment.dropped.torn += 1;
+                    page += count;
+                    continue;
+                };
+                window = (page, pages);
                 window.1.as_ref()
             }
         };
@@ -131,14 +146,14 @@ async fn search(device: &Device, file: &Arc<File>, segment: &mut Segment) -> io:
             page += 1;
             continue;
         }
-        if payload_is_whole(device, file, (page, pages), &header).await? {
+        if payload_is_whole(device, file, (page, pages), &header).await.unwrap_or(false) {
             headers.push((page, header));
         } else {
             segment.dropped.torn += 1;
         }
         page += pages;
     }
-    Ok(headers)
+    headers
 }
 
 async fn payload_is_whole(
@@ -156,8 +171,12 @@ async fn payload_is_whole(
             // Nobody can tell; it is dropped for another reason.
             return Ok(true);
         }
-        let opened = device.ciphers().open_payload(&record, seal, text);
-        if opened.and_then(|()| device.ciphers().open_record(&mut record, seal)).is_err() {
+        let sealed = record.clone();
+        if device.ciphers().open_record(&mut record, seal).is_err() {
+            // Another key: it is dropped for that.
+            return Ok(true);
+        }
+        if device.ciphers().open_payload(&sealed, seal, text).is_err() {
             return Ok(false);
         }
     }

@@ -121,7 +121,9 @@ async fn look_at(device: &Device, number: u32, depth: Depth, survey: &mut Survey
         good.push(found);
     }
     let changed = good.len() < all || !segment.sealed;
-    if depth == Depth::Repair && changed && summary_fits(device, &good) {
+    // A summary without the records that only a missing key hides would lose them.
+    let all_known = segment.dropped.unreadable == 0;
+    if depth == Depth::Repair && changed && all_known && summary_fits(device, &good) {
         let pages = good.iter().map(|found| found.page).collect();
         device.seal_segment(number, segment.generation, pages).await?;
         survey.repaired += u64::from(!segment.sealed);
@@ -140,7 +142,11 @@ async fn verify(device: &Device, found: &Found, place: DiskPlace, survey: &mut S
             survey.corrupt += 1;
             Ok(false)
         }
-        Err(ReadError::Io(error)) => Err(error),
+        // What cannot be read is no better than what is wrong.
+        Err(ReadError::Io(_)) => {
+            survey.corrupt += 1;
+            Ok(false)
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::tiers::host::HostArena;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use slab::Slab;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -101,9 +102,12 @@ impl Engine for Uring {
 impl Drop for Uring {
     fn drop(&mut self) {
         self.jobs = None;
-        self.shared.awake.store(false, Ordering::Release);
-        self.shared.wake();
-        if let Some(thread) = self.thread.take() {
+        // Whatever the thread is doing: it reads this, finds the channel closed, and ends.
+        let _ = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take()
+            // The last owner may have been memory of a request, dropped by the thread itself.
+            && thread.thread().id() != std::thread::current().id()
+        {
             // The thread does not panic; if it did, there is nothing left to wait for.
             let _ = thread.join();
         }
@@ -147,17 +151,18 @@ impl Ring {
     fn run(&mut self) {
         loop {
             self.register();
-            self.listen();
             self.take_jobs();
-            if self.ending && self.going.is_empty() {
+            if self.ending && self.going.is_empty() && !self.listening {
                 return;
             }
-            if let Err(error) = self.ring.submit_and_wait(1)
-                && error.kind() != io::ErrorKind::Interrupted
-                && error.raw_os_error() != Some(rustix::io::Errno::BUSY.raw_os_error())
-            {
-                tracing::error!(%error, "io_uring failed");
-                return;
+            self.listen();
+            if let Err(error) = self.ring.submit_and_wait(1) {
+                let again = [Errno::INTR, Errno::BUSY, Errno::AGAIN, Errno::NOMEM];
+                if !again.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error())) {
+                    // The kernel may still write to memory of requests that nobody could wait for any more.
+                    tracing::error!(%error, "io_uring failed with requests in progress; ending");
+                    std::process::abort();
+                }
             }
             self.reap();
         }
