@@ -5,6 +5,7 @@ mod cipher;
 mod device;
 pub mod fault;
 pub mod format;
+mod identity;
 mod io;
 mod pool;
 mod recover;
