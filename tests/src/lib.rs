@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod checkpoints;
+pub mod devices;
 pub mod fuzz;
 pub mod traces;
 

@@ -372,7 +372,7 @@ async fn a_server_that_cannot_start_says_what_to_change() {
     assert!(message(Server::start(huge).await).contains("memory"));
     let mut odd = config(8);
     odd.host.policy = "random".into();
-    assert!(message(Server::start(odd).await).contains("known: lru, fifo"));
+    assert!(message(Server::start(odd).await).contains("known: cairn, lru, fifo"));
     server.shutdown().await.unwrap();
 }
 

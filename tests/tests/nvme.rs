@@ -3,84 +3,15 @@
 
 #![allow(clippy::unwrap_used)]
 
-use cairn_client::CacheClient;
 use cairn_core::DeviceCondition;
-use cairn_proto::{BlockHash, KeySpace, MissReason, Outcome, Tier, pb};
+use cairn_proto::{BlockHash, MissReason, Outcome, Tier};
 use cairn_server::nvme::fault::{FaultRates, Faults};
-use cairn_server::{Config, DeviceEntry, Server, TenantConfig};
+use cairn_server::{Server, TenantConfig};
+use cairn_tests::devices::*;
 use cairn_tests::*;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
-
-/// Host room for `slots` blocks of 256 KiB, and one device of segments of 2 MiB (seven records each).
-fn with_device(slots: u64, folder: &Path, capacity_mib: u64) -> Config {
-    let mut config = config(slots);
-    config.nvme.segment_mib = 2;
-    config.nvme.sync_interval_ms = 20;
-    // Blocks being written stay in memory: four of them leave room for others.
-    config.nvme.write_in_flight_mib = 1;
-    config.nvme.device = vec![DeviceEntry { path: folder.to_owned(), capacity_mib }];
-    config
-}
-
-async fn publish(client: &CacheClient, space: &KeySpace, chain: &[BlockHash]) {
-    publish_after(client, space, None, chain).await;
-}
-
-async fn publish_after(
-    client: &CacheClient,
-    space: &KeySpace,
-    parent: Option<BlockHash>,
-    chain: &[BlockHash],
-) {
-    for _ in 0..500 {
-        let stored = client.publish(space, parent, &blocks(space, chain)).await;
-        if stored.iter().all(|stored| stored.is_stored()) {
-            return;
-        }
-        // Everything in memory is being written or read at this moment.
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    panic!("blocks find no room");
-}
-
-async fn written(server: &Server, blocks: u64) {
-    eventually("blocks are written", || {
-        server.devices().iter().map(|device| device.counters.stored_blocks).sum::<u64>() >= blocks
-    })
-    .await;
-}
-
-async fn durable(client: &CacheClient, space: &KeySpace, chain: &[BlockHash]) {
-    for _ in 0..500 {
-        let explained = client.explain(space.id(), chain).await.unwrap();
-        let is_durable = |block: &pb::BlockExplanation| matches!(&block.state, Some(pb::block_explanation::State::Resident(block)) if block.durable);
-        if explained.iter().all(is_durable) {
-            return;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    panic!("blocks never become durable");
-}
-
-/// Bytes that a folder takes on its file system.
-fn disk_usage(folder: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let entries = std::fs::read_dir(folder).unwrap().map(Result::unwrap);
-    let size = |entry: std::fs::DirEntry| {
-        let metadata = entry.metadata().unwrap();
-        if metadata.is_dir() { disk_usage(&entry.path()) } else { metadata.blocks() * 512 }
-    };
-    entries.map(size).sum()
-}
-
-async fn recovered(server: &Server) {
-    eventually("the device is ready", || {
-        server.devices().iter().all(|device| device.state == DeviceCondition::Ready)
-    })
-    .await;
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_memory_cannot_hold_comes_back_from_the_device() {
