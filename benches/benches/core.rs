@@ -32,14 +32,17 @@ fn hashes(space: &KeySpace, seed: u32) -> Vec<BlockHash> {
     chain(space, &tokens, |_| &[])
 }
 
+/// The default, and the one that all others are compared with.
+const POLICIES: [PolicyKind; 2] = [PolicyKind::Cairn, PolicyKind::Lru];
+
 /// A core that is full of `chains` chains.
-fn filled(chains: usize) -> Filled {
+fn filled(chains: usize, policy: PolicyKind) -> Filled {
     let blocks_per_chunk = 1024;
     let core = Core::new(CoreConfig {
         host_chunks: (chains * CHAIN).div_ceil(blocks_per_chunk) as u32,
         chunk_bytes: blocks_per_chunk as u64 * SLOT,
         slot_align_bytes: SLOT,
-        policy: PolicyKind::Lru,
+        policy,
         admission: cairn_core::Admission::Always,
         tenants: Vec::new(),
         history_entries: 65_536,
@@ -78,24 +81,27 @@ fn lookups(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("lookup of a 1024-block chain");
     group.throughput(Throughput::Elements(CHAIN as u64));
     for chains in sizes() {
-        let mut filled = filled(chains);
-        let mut next = 0;
-        group.bench_function(format!("{} blocks in the index", chains * CHAIN), |bencher| {
-            bencher.iter(|| {
-                next = (next + 7) % chains;
-                let Filled { core, space, session, chains } = &mut filled;
-                let lookup = Event::Lookup {
-                    session: *session,
-                    space: space.id(),
-                    hashes: &chains[next],
-                    ttl_ms: 1000,
-                };
-                let Reply::Found { lease: Some(lease), .. } = core.apply(Millis(2), lookup).reply else {
-                    unreachable!("everything is resident")
-                };
-                core.apply(Millis(2), Event::Release { session: *session, lease });
+        for policy in POLICIES {
+            let mut filled = filled(chains, policy);
+            let mut next = 0;
+            let name = format!("{}, {} blocks in the index", policy.name(), chains * CHAIN);
+            group.bench_function(name, |bencher| {
+                bencher.iter(|| {
+                    next = (next + 7) % chains;
+                    let Filled { core, space, session, chains } = &mut filled;
+                    let lookup = Event::Lookup {
+                        session: *session,
+                        space: space.id(),
+                        hashes: &chains[next],
+                        ttl_ms: 1000,
+                    };
+                    let Reply::Found { lease: Some(lease), .. } = core.apply(Millis(2), lookup).reply else {
+                        unreachable!("everything is resident")
+                    };
+                    core.apply(Millis(2), Event::Release { session: *session, lease });
+                });
             });
-        });
+        }
         // What 1024 random reads of one cache line each cost in memory as large as the index.
         let lines = (chains * CHAIN * 144 / 64).next_power_of_two();
         let memory = vec![1u64; lines * 8];
@@ -118,21 +124,23 @@ fn publishes(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("publish of a 1024-block chain");
     group.throughput(Throughput::Elements(CHAIN as u64));
     let chains = sizes()[1];
-    let mut filled = filled(chains);
-    let mut seed = chains as u32;
-    group.bench_function("into a full index, evicting as many", |bencher| {
-        let space = filled.space.clone();
-        bencher.iter_batched(
-            || {
-                seed += 1;
-                hashes(&space, seed)
-            },
-            |hashes| publish(&mut filled, &hashes),
-            BatchSize::LargeInput,
-        );
-    });
+    for policy in POLICIES {
+        let mut filled = filled(chains, policy);
+        let mut seed = chains as u32;
+        group.bench_function(format!("{}, into a full index, evicting as many", policy.name()), |bencher| {
+            let space = filled.space.clone();
+            bencher.iter_batched(
+                || {
+                    seed += 1;
+                    hashes(&space, seed)
+                },
+                |hashes| publish(&mut filled, &hashes),
+                BatchSize::LargeInput,
+            );
+        });
+        filled.core.audit().expect("the invariants hold");
+    }
     group.finish();
-    filled.core.audit().expect("the invariants hold");
 }
 
 fn identity(criterion: &mut Criterion) {

@@ -56,7 +56,7 @@ impl Core {
         if run.is_empty() || busy {
             return Ok(Reply::Found { lease: None, outcomes, checksums: Vec::new() });
         }
-        let checksums = self.touch_and_pin(now, &run, hashes.len());
+        let checksums = self.touch_and_pin(now, space, (&run, hashes.len()));
         let lease = LeaseId(self.next_id());
         let deadline = now.plus(u64::from(ttl_ms));
         self.timers.set(deadline, Timer::Lease(lease));
@@ -81,14 +81,29 @@ impl Core {
     }
 
     /// Tail first, so that the head of the chain ends most recent.
-    fn touch_and_pin(&mut self, now: Millis, run: &[EntryId], asked: usize) -> Vec<cairn_proto::Checksum> {
+    fn touch_and_pin(
+        &mut self,
+        now: Millis,
+        space: u32,
+        (run, asked): (&[EntryId], usize),
+    ) -> Vec<cairn_proto::Checksum> {
+        let class = self.spaces[space].class;
         let mut checksums = Vec::with_capacity(run.len());
+        let on_devices = !self.disks.devices.is_empty();
         for id in run.iter().rev() {
-            self.pin(*id);
-            self.index[*id].touched = now;
-            checksums.push(self.index[*id].checksum);
-            self.touch(*id);
-            self.used_again(*id);
+            let entry = &mut self.index[*id];
+            let class = &mut self.spaces.classes[class.0 as usize];
+            class.evictable -= usize::from(entry.pins == 0 && entry.slot().is_some());
+            entry.pins += 1;
+            entry.touched = now;
+            checksums.push(entry.checksum);
+            if entry.ordered {
+                class.policy.touch(&mut self.nodes, entry.member(*id));
+            }
+            if on_devices {
+                self.touch_disk(*id);
+                self.used_again(*id);
+            }
         }
         self.settle(run.first().copied(), asked);
         checksums.reverse();
@@ -124,16 +139,6 @@ impl Core {
         {
             self.disks.device_of(place).policy.refresh(&mut self.disk_nodes, member);
         }
-    }
-
-    /// A block was used: every tier that has it is told.
-    pub(crate) fn touch(&mut self, id: EntryId) {
-        let entry = &self.index[id];
-        if entry.ordered {
-            let member = entry.member(id);
-            self.spaces.class_of(entry.space).policy.touch(&mut self.nodes, member);
-        }
-        self.touch_disk(id);
     }
 
     pub(crate) fn renew(

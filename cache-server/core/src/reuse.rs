@@ -26,7 +26,7 @@ pub(crate) struct Reuse([Seen; DEPTHS]);
 
 impl Reuse {
     fn at(&mut self, depth: u16) -> &mut Seen {
-        &mut self.0[(u32::from(depth) + 1).ilog2() as usize]
+        &mut self.0[class(depth)]
     }
 
     fn stored(&mut self, depth: u16) {
@@ -44,28 +44,32 @@ impl Reuse {
     }
 
     /// Whether most blocks of this depth were used again.
-    fn likely(&mut self, depth: u16) -> bool {
-        let seen = self.at(depth);
+    fn likely(&self, depth: u16) -> bool {
+        let seen = &self.0[class(depth)];
         seen.stored < ENOUGH || 2 * seen.used_again >= seen.stored
     }
+}
+
+fn class(depth: u16) -> usize {
+    (u32::from(depth) + 1).ilog2() as usize
 }
 
 impl Core {
     /// A block is new in host memory.
     pub(crate) fn first_use(&mut self, id: EntryId) {
         let entry = &self.index[id];
-        if entry.place().is_some() {
+        if self.disks.devices.is_empty() || entry.place().is_some() {
             return;
         }
         let depth = entry.depth;
-        let came_back = self
-            .history
-            .find(entry.space, &entry.hash)
-            .is_some_and(|(reason, _)| reason == MissReason::Evicted);
+        let came_back = || {
+            let left = self.history.find(entry.space, &entry.hash);
+            left.is_some_and(|(reason, _)| reason == MissReason::Evicted)
+        };
         let wanted = match self.config.admission {
             Admission::Always => true,
-            Admission::SecondUse => came_back,
-            Admission::PredictedReuse => came_back || self.reuse.likely(depth),
+            Admission::SecondUse => came_back(),
+            Admission::PredictedReuse => came_back() || self.reuse.likely(depth),
         };
         self.reuse.stored(depth);
         if wanted {
@@ -75,6 +79,9 @@ impl Core {
 
     /// A block was found.
     pub(crate) fn used_again(&mut self, id: EntryId) {
+        if self.disks.devices.is_empty() {
+            return;
+        }
         let entry = &mut self.index[id];
         let depth = entry.depth;
         if !std::mem::replace(&mut entry.disk.reused, true) {
