@@ -44,6 +44,12 @@ pub enum DeviceError {
         /// Where.
         path: PathBuf,
     },
+    /// There is no device in it.
+    #[error("{path} has no {IDENTITY_FILE}: it is no directory of Cairn's NVMe tier")]
+    NotADevice {
+        /// Where.
+        path: PathBuf,
+    },
     /// It holds something else.
     #[error("{path} holds files that are not Cairn's: use an empty directory")]
     Foreign {
@@ -167,7 +173,7 @@ impl Device {
     ) -> Result<Self, DeviceError> {
         let path = options.path.clone();
         if path.is_dir() && read_identity(&path)?.is_none() {
-            return Err(DeviceError::Damaged { path, reason: format!("it has no {IDENTITY_FILE}") });
+            return Err(DeviceError::NotADevice { path });
         }
         Self::open(options, engine)
     }
@@ -196,7 +202,7 @@ impl Device {
         let mut identity = match found {
             Some(identity) => identity,
             None if options.read_only => {
-                return Err(DeviceError::Damaged { path, reason: format!("it has no {IDENTITY_FILE}") });
+                return Err(DeviceError::NotADevice { path });
             }
             None => new_identity(&path, options.segment_bytes)?,
         };
