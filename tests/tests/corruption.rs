@@ -55,6 +55,16 @@ async fn a_block_that_went_bad_is_never_used_and_leaves() {
     let again = client.publish(&space, Some(chain[1]), &blocks(&space, &chain[2..3])).await;
     assert_eq!(again, vec![Stored::Committed]);
     assert_eq!(fetch_verified(&client, &space, &chain).await, 6);
+    // Several at once, counted: injected = detected.
+    let injected = [0, 1, 3, 4, 5];
+    injected.iter().for_each(|i| corrupt_in_memory(&payload(&space, &chain[*i])));
+    let run = client.lookup(&space, &chain).await.run.unwrap();
+    let outcomes = client.fetch(&run, 0, &mut targets).await;
+    let detected = outcomes.iter().filter(|outcome| **outcome == Outcome::Corrupt).count();
+    assert_eq!(detected, injected.len(), "{outcomes:?}");
+    let all = 1 + injected.len() as u64;
+    eventually("all of them are quarantined", || server.counters().quarantined_blocks == all).await;
+    drop(run);
     server.audit().unwrap();
     server.shutdown().await.unwrap();
 }

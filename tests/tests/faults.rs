@@ -175,3 +175,27 @@ async fn cut_and_stalled_connections_are_misses_within_the_deadline() {
         server.audit().unwrap();
     }
 }
+
+/// One bit of each block flips after its checksum was made and before the server has it: every one is counted.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_bit_that_flips_on_its_way_in_is_counted() {
+    let (server, client) = server_and_client(config(64)).await;
+    let space = space("t");
+    let injected = 24;
+    let mut detected = 0;
+    for seed in 0..injected {
+        let chain = hashes(&space, seed, 1);
+        let mut block = blocks(&space, &chain).remove(0);
+        let mut bytes = block.bytes.to_vec();
+        let bit = (seed as usize * 104_729 + 11) % (bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        block.bytes = bytes.into();
+        let stored = client.publish(&space, None, &[block]).await;
+        detected += u32::from(stored == [cairn_client::Stored::Corrupt]);
+        assert_eq!(client.lookup(&space, &chain).await.resident(), 0);
+    }
+    assert_eq!(detected, injected, "injected = detected");
+    assert_eq!(client.stats().await.unwrap().checksum_mismatches, u64::from(injected));
+    server.audit().unwrap();
+    server.shutdown().await.unwrap();
+}

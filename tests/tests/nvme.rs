@@ -186,6 +186,7 @@ async fn the_scrubber_finds_what_nobody_reads() {
     let chain = hashes(&space, 1, 10);
     publish(&client, &space, &chain).await;
     written(&server, 10).await;
+    assert_eq!(server.devices()[0].counters.read_blocks, 0, "a check is nobody's read");
     rot(&chain[4]);
     eventually("the scrubber comes by", || corrupt(&server) == 1).await;
     assert_eq!(client.lookup(&space, &chain).await.resident(), 10);

@@ -10,8 +10,10 @@ use cairn_proto::MissReason;
 /// A block on its way; it is pinned until it arrived.
 pub(crate) struct Loading {
     pub(crate) entry: EntryRef,
-    /// Where it goes; `None` when it is for one reader only.
+    /// Where it goes; `None` when it is for one reader only, or only checked.
     pub(crate) slot: Option<SlotId>,
+    /// Nobody asked for it: no read of anybody's.
+    scrub: bool,
 }
 
 impl Core {
@@ -48,7 +50,7 @@ impl Core {
         self.index[id].disk.loading = true;
         let slot = self.make_room(now, space, effects);
         let load = LoadId(self.next_id());
-        self.loads.insert(load, Loading { entry: self.index.reference(id), slot });
+        self.loads.insert(load, Loading { entry: self.index.reference(id), slot, scrub: false });
         let record = self.record_of(id, 0);
         Ok(Reply::Load(match slot {
             Some(slot) => Load::Promote { load, from, record, slot },
@@ -58,7 +60,7 @@ impl Core {
 
     /// A load ended: the slot holds the verified bytes, or it does not.
     pub(crate) fn end_load(&mut self, now: Millis, load: LoadId, ended: Ended, effects: &mut Effects) {
-        let Some(Loading { entry: reference, slot }) = self.loads.remove(&load) else { return };
+        let Some(Loading { entry: reference, slot, scrub }) = self.loads.remove(&load) else { return };
         // Pinned by the load: it is still the same entry.
         let id = reference.id;
         self.index[id].disk.loading = false;
@@ -82,6 +84,7 @@ impl Core {
             let bytes = self.spaces[space].block_bytes;
             let counters = &mut self.disks.devices[device].counters;
             match ended {
+                Ended::Done if scrub => {}
                 Ended::Done => {
                     counters.read_blocks += 1;
                     counters.read_bytes += bytes;
@@ -126,7 +129,7 @@ impl Core {
         self.pin(id);
         self.index[id].disk.loading = true;
         let load = LoadId(self.next_id());
-        self.loads.insert(load, Loading { entry: self.index.reference(id), slot: None });
+        self.loads.insert(load, Loading { entry: self.index.reference(id), slot: None, scrub: true });
         Some(ScrubItem { load, block: id, from: self.disks.outside(place), record: self.record_of(id, 0) })
     }
 
