@@ -2,8 +2,13 @@
 
 use std::path::Path;
 
-const FILES: [&str; 4] =
-    ["cairn/v1/types.proto", "cairn/v1/cache.proto", "cairn/v1/admin.proto", "cairn/v1/worker.proto"];
+const FILES: [&str; 5] = [
+    "cairn/v1/types.proto",
+    "cairn/v1/cache.proto",
+    "cairn/v1/data.proto",
+    "cairn/v1/admin.proto",
+    "cairn/v1/worker.proto",
+];
 
 fn main() {
     for file in FILES {

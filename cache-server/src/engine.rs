@@ -13,6 +13,7 @@ use cairn_core::{
     Reply, ReservationId, SessionId, SlotId,
 };
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId};
+use cairn_transfer::store::{Brought, Hold};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -101,12 +102,18 @@ impl Engine {
     /// When the core refuses it.
     pub fn apply(&self, event: Event<'_>) -> Result<Reply, Refusal> {
         let works = gives_work(&event);
-        let Effects { reply, removed, lost } = {
+        let Effects { reply, removed, lost, stale } = {
             let mut core = self.core();
             // Read under the lock, so that time never goes backwards for the core.
             let now = Millis(self.uptime_ms());
-            core.apply(now, event)
+            let effects = core.apply(now, event);
+            // Before anybody else hears of a slot there.
+            effects.stale.iter().for_each(|chunk| self.replace(*chunk));
+            effects
         };
+        if !stale.is_empty() {
+            tracing::debug!(chunks = stale.len(), "memory that another tenant mapped was replaced");
+        }
         for block in &removed {
             tracing::trace!(hash = ?block.hash, reason = block.reason.name(), "block removed");
         }
@@ -117,6 +124,14 @@ impl Engine {
         match reply {
             Reply::Refused(refusal) => Err(refusal),
             reply => Ok(reply),
+        }
+    }
+
+    /// Another tenant could read what is written there: without other memory the server must not go on.
+    fn replace(&self, chunk: u32) {
+        if let Err(error) = self.arena.replace(chunk) {
+            tracing::error!(%error, "no memory to separate two tenants with: ending");
+            std::process::abort();
         }
     }
 
@@ -154,7 +169,11 @@ impl Engine {
     ///
     /// # Errors
     /// Why it cannot be had.
-    pub async fn bring(self: &Arc<Self>, source: &ReadSource, position: usize) -> Result<Bytes, MissReason> {
+    pub async fn bring(
+        self: &Arc<Self>,
+        source: &ReadSource,
+        position: usize,
+    ) -> Result<Brought, MissReason> {
         loop {
             // Made before the core is asked, so that no arrival is missed.
             let arrival = self.loaded.notified();
@@ -163,7 +182,7 @@ impl Engine {
             match load {
                 Load::Ready(slot) => {
                     let bytes = self.arena.bytes(slot, source.block_bytes, source.guard.clone());
-                    return Ok(Bytes::from_owner(bytes));
+                    return Ok(brought(bytes));
                 }
                 Load::Wait => arrival.await,
                 Load::Promote { load, from, record, slot } => {
@@ -183,7 +202,8 @@ impl Engine {
                         continue;
                     };
                     let read = self.tasks.spawn(self.clone().read_through((guard, room), record, from));
-                    return read.await.unwrap_or(Err(MissReason::DeviceLost));
+                    let read = read.await.unwrap_or(Err(MissReason::DeviceLost));
+                    return read.map(|bytes| Brought { bytes, location: None });
                 }
                 Load::Lost(reason) => return Err(reason),
             }
@@ -257,7 +277,7 @@ impl Engine {
             writer: self.arena.writer(slot.slot, len, guard.clone()),
             guard: guard.clone(),
         };
-        Ok(Fill { space, block_bytes: len, blocks: slots.iter().map(block).collect(), _guard: guard.clone() })
+        Ok(Fill { space, blocks: slots.iter().map(block).collect(), hold: guard.clone() })
     }
 
     fn block_bytes(&self, space: &SpaceId) -> Result<u64, Refusal> {
@@ -276,6 +296,12 @@ impl Engine {
     }
 }
 
+/// A block as it lies in host memory.
+pub(crate) fn brought(bytes: SlotBytes) -> Brought {
+    let location = Some(bytes.location());
+    Brought { bytes: Bytes::from_owner(bytes), location }
+}
+
 /// Leased blocks, held in place.
 pub struct Read {
     /// Of all of them.
@@ -292,6 +318,11 @@ impl Read {
     /// What [`Engine::bring`] needs.
     pub fn source(&self) -> ReadSource {
         ReadSource { block_bytes: self.block_bytes, guard: self.guard.clone() }
+    }
+
+    /// Keeps the blocks in place.
+    pub fn hold(&self) -> Hold {
+        self.guard.clone()
     }
 }
 
@@ -374,12 +405,10 @@ pub struct ReadBlock {
 pub struct Fill {
     /// Of all blocks.
     pub space: SpaceId,
-    /// Of each.
-    pub block_bytes: u64,
     /// The granted blocks.
     pub blocks: Vec<FillBlock>,
     /// The fill goes on while any block is missing, even if the others are done.
-    _guard: Arc<FillGuard>,
+    pub hold: Hold,
 }
 
 /// One block to fill.

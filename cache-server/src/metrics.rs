@@ -5,6 +5,7 @@ use crate::devices::Attached;
 use crate::engine::Engine;
 use cairn_core::{Counters, DeviceCondition, DeviceUsage, Usage};
 use cairn_proto::{MissReason, Tier};
+use cairn_transfer::WireKind;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -14,16 +15,14 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 type Labels = [(&'static str, &'static str); 1];
 
 /// Counted by the server itself.
 #[derive(Clone, Debug)]
 pub struct Metrics {
-    /// Block bytes sent.
-    pub fetched_bytes: Counter,
-    /// Block bytes received and committed.
-    pub published_bytes: Counter,
+    wires: Arc<WireCounters>,
     /// Blocks that arrived with bytes that did not match their checksum.
     pub checksum_mismatches: Counter,
     latency: Family<Labels, Histogram>,
@@ -33,16 +32,10 @@ impl Metrics {
     /// Counters at zero, and the registry that shows them and the engine's.
     pub fn new(engine: &Arc<Engine>) -> (Self, Registry) {
         let latency = Family::new_with_constructor(latency_histogram as fn() -> Histogram);
-        let metrics = Self {
-            fetched_bytes: Counter::default(),
-            published_bytes: Counter::default(),
-            checksum_mismatches: Counter::default(),
-            latency,
-        };
+        let metrics = Self { wires: Arc::default(), checksum_mismatches: Counter::default(), latency };
         let mut registry = Registry::with_prefix("cairn");
-        let Self { fetched_bytes, published_bytes, checksum_mismatches, latency } = metrics.clone();
-        registry.register_with_unit("fetched", "Block bytes sent", Unit::Bytes, fetched_bytes);
-        registry.register_with_unit("published", "Block bytes stored", Unit::Bytes, published_bytes);
+        let Self { wires, checksum_mismatches, latency } = metrics.clone();
+        registry.register_collector(Box::new(WireCollector(wires)));
         let help = "Blocks whose bytes did not match their checksum on arrival";
         registry.register("checksum_mismatches", help, checksum_mismatches);
         registry.register_with_unit("request_duration", "Time to answer", Unit::Seconds, latency);
@@ -50,9 +43,61 @@ impl Metrics {
         (metrics, registry)
     }
 
+    /// A fetch began over a wire.
+    pub fn fetch_started(&self, wire: WireKind) {
+        self.wires.fetches[wire as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Block bytes were sent over a wire, or read by a client in shared memory.
+    pub fn sent(&self, wire: WireKind, bytes: u64) {
+        self.wires.fetched_bytes[wire as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Block bytes arrived over a wire and were committed.
+    pub fn received(&self, wire: WireKind, bytes: u64) {
+        self.wires.published_bytes[wire as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// What each wire carried: fetches, bytes out, bytes in.
+    pub fn wires(&self) -> impl Iterator<Item = (WireKind, [u64; 3])> {
+        let WireCounters { fetches, fetched_bytes, published_bytes } = &*self.wires;
+        let read =
+            |counters: &[AtomicU64; 6], kind: WireKind| counters[kind as usize].load(Ordering::Relaxed);
+        WireKind::ALL
+            .into_iter()
+            .map(move |kind| (kind, [fetches, fetched_bytes, published_bytes].map(|all| read(all, kind))))
+    }
+
     /// Records how long one request took.
     pub fn observe(&self, request: &'static str, since: std::time::Instant) {
         self.latency.get_or_create(&[("request", request)]).observe(since.elapsed().as_secs_f64());
+    }
+}
+
+#[derive(Debug, Default)]
+struct WireCounters {
+    fetches: [AtomicU64; 6],
+    fetched_bytes: [AtomicU64; 6],
+    published_bytes: [AtomicU64; 6],
+}
+
+#[derive(Debug)]
+struct WireCollector(Arc<WireCounters>);
+
+impl Collector for WireCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let WireCounters { fetches, fetched_bytes, published_bytes } = &*self.0;
+        let families = [
+            ("fetches", "Fetches that the server took part in, by wire", fetches),
+            ("fetched_bytes", "Block bytes sent, or read in shared memory, by wire", fetched_bytes),
+            ("published_bytes", "Block bytes stored, by wire", published_bytes),
+        ];
+        for (name, help, counters) in families {
+            let values = WireKind::ALL.iter().zip(counters);
+            let values = values.map(|(kind, value)| (kind.name(), value.load(Ordering::Relaxed)));
+            labelled(&mut encoder, name, help, "wire", values)?;
+        }
+        Ok(())
     }
 }
 

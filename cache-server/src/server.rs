@@ -1,10 +1,13 @@
 //! A running server: listeners, background tasks, and an orderly end.
 
+use crate::auth::Auth;
 use crate::config::Config;
 use crate::engine::{Engine, EngineError};
+use crate::listen::{self, Connection};
 use crate::metrics::Metrics;
 use crate::serve::{AdminService, CacheService, Context};
 use crate::tiers::nvme::fault::Faults;
+use crate::wires::Wires;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -12,6 +15,8 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use cairn_core::Event;
 use cairn_proto::{limits, pb};
+use cairn_transfer::ShmServerError;
+use cairn_transfer::store::Limits;
 use prometheus_client::registry::Registry;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,10 +24,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::server::TcpIncoming;
 
 /// How often expired leases and reservations are collected when nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
@@ -54,6 +59,9 @@ pub enum ServerError {
         /// Why.
         source: std::io::Error,
     },
+    /// No shared memory.
+    #[error(transparent)]
+    Shm(#[from] ShmServerError),
     /// The gRPC server failed while running.
     #[error("the gRPC server failed: {0}")]
     Grpc(#[from] tonic::transport::Error),
@@ -68,6 +76,8 @@ pub struct Server {
     http_address: SocketAddr,
     context: Context,
     stop: CancellationToken,
+    /// Ends the data connections, once the transfers in progress are over.
+    data: CancellationToken,
     grace: Duration,
     grpc: JoinHandle<Result<(), tonic::transport::Error>>,
     background: TaskTracker,
@@ -88,22 +98,32 @@ impl Server {
     /// See [`Self::start`].
     pub async fn start_with(config: Config, faults: Option<Arc<Faults>>) -> Result<Self, ServerError> {
         raise_descriptor_limit();
+        let auth = Arc::new(Auth::new(&config.token).map_err(EngineError::from)?);
+        let tls = config.tls.server().map_err(EngineError::from)?.map(Arc::new);
         let engine = Engine::new(&config, faults)?;
         let listener = bind("listen", config.server.listen).await?;
         let http_listener = bind("http-listen", config.server.http_listen).await?;
         let local = |listener: &TcpListener, asked| listener.local_addr().unwrap_or(asked);
         let address = local(&listener, config.server.listen);
         let http_address = local(&http_listener, config.server.http_listen);
+        let mut wires = Wires::bind(&config, engine.epoch(), tls.clone()).await?;
         let (metrics, registry) = Metrics::new(&engine);
         let stop = CancellationToken::new();
-        let context = Context {
+        let mut context = Context {
             engine: engine.clone(),
             metrics,
             draining: stop.clone(),
             transfers: TaskTracker::new(),
             max_sessions: config.limits.max_sessions,
-            fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
-            publish_idle: Duration::from_millis(config.limits.publish_idle_ms),
+            limits: Limits {
+                fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
+                idle_timeout: Duration::from_millis(config.limits.publish_idle_ms),
+                staging_bytes: config.wires.staging_mib << 20,
+            },
+            auth,
+            sessions: Arc::default(),
+            staging: Arc::new(Semaphore::new(config.wires.staging_total_mib)),
+            wires: Arc::from([]),
         };
         for (path, _) in engine.devices().all() {
             // A device that cannot be used is no reason to serve nothing.
@@ -111,17 +131,20 @@ impl Server {
                 tracing::error!(%error, "a device of the NVMe tier is not in service");
             }
         }
-        let background = TaskTracker::new();
+        let (background, data) = (TaskTracker::new(), CancellationToken::new());
+        context.wires = wires.start(&config, &context, (&data, &background))?.into();
         background.spawn(tick(engine.clone(), stop.clone()));
         background.spawn(serve_http(http_listener, registry, stop.clone()));
         if config.host.prefault {
             prefault(engine, stop.clone(), &background);
         }
         background.close();
-        let grpc = tokio::spawn(serve_grpc(context.clone(), listener));
+        let connections =
+            listen::accept(listener, tls.map(for_grpc), config.limits.max_connections, stop.clone());
+        let grpc = tokio::spawn(serve_grpc(context.clone(), connections));
         tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
         let grace = Duration::from_millis(config.server.shutdown_grace_ms);
-        Ok(Self { address, http_address, context, stop, grace, grpc, background })
+        Ok(Self { address, http_address, context, stop, data, grace, grpc, background })
     }
 
     /// Where the gRPC services listen.
@@ -175,6 +198,7 @@ impl Server {
         self.context.transfers.close();
         let ended = tokio::time::timeout(self.grace, &mut self.grpc).await;
         self.grpc.abort();
+        self.data.cancel();
         let engine = &self.context.engine;
         engine.devices().stop();
         engine.tasks().close();
@@ -205,19 +229,27 @@ fn raise_descriptor_limit() {
     let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, wanted);
 }
 
-async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
+pub(crate) async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, ServerError> {
     TcpListener::bind(address).await.map_err(|source| ServerError::Listen { what, address, source })
 }
 
-async fn serve_grpc(context: Context, listener: TcpListener) -> Result<(), tonic::transport::Error> {
+fn for_grpc(config: Arc<rustls::ServerConfig>) -> Arc<rustls::ServerConfig> {
+    let mut config = rustls::ServerConfig::clone(&config);
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config)
+}
+
+async fn serve_grpc(
+    context: Context,
+    mut connections: mpsc::Receiver<std::io::Result<Connection>>,
+) -> Result<(), tonic::transport::Error> {
     let stop = context.draining.clone();
     let cache = pb::cache_server::CacheServer::new(CacheService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
     let admin = pb::admin_server::AdminServer::new(AdminService(context))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
-    // Without this the last segment of every answer waits for the client's delayed acknowledgement: 40 ms.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = futures::stream::poll_fn(move |task| connections.poll_recv(task));
     tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))

@@ -1,20 +1,19 @@
 //! The handle that callers hold, and what all requests share.
 
-use crate::connection::{Connection, Link, maintain};
-use crate::lease::Release;
+use crate::connection::{Connection, Link, Opening, maintain};
+use crate::lease::Releases;
 use crate::options::ClientOptions;
+use crate::wires::WireReport;
 use cairn_proto::{ErrorKind, KeySpace, MissReason, pb};
+use cairn_transfer::{Api, Bearer};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tonic::{Response, Status};
-
-/// Leases waiting to be released. When it is full a lease is left to its deadline.
-const RELEASE_QUEUE: usize = 4096;
 
 /// A request that an operator made and that failed.
 #[derive(Clone, Debug, Error)]
@@ -39,7 +38,7 @@ pub struct CacheClient(Arc<Inner>);
 struct Inner {
     options: ClientOptions,
     link: watch::Receiver<Link>,
-    releases: mpsc::Sender<Release>,
+    releases: Arc<Releases>,
     task: AbortHandle,
 }
 
@@ -53,16 +52,33 @@ impl CacheClient {
     /// Starts to connect, in the background and for ever. Needs a tokio runtime.
     ///
     /// # Errors
-    /// When the endpoint is not a valid `http://host:port`.
+    /// When the endpoint is not a valid `http://host:port` or `https://host:port`, or what TLS needs cannot be used.
     pub fn start(options: ClientOptions) -> Result<Self, ClientError> {
         let endpoint = tonic::transport::Endpoint::from_shared(options.endpoint.clone());
-        let endpoint = endpoint.map_err(|_| ClientError {
+        let wrong = || ClientError {
             kind: ErrorKind::FixInput,
-            message: format!("{:?} is not an endpoint: write http://host:port", options.endpoint),
-        })?;
+            message: format!(
+                "{:?} is not an endpoint: write http://host:port, or https://host:port for TLS",
+                options.endpoint
+            ),
+        };
+        let mut endpoint = endpoint.map_err(|_| wrong())?;
+        let tls = match endpoint.uri().scheme_str() {
+            Some("http") => None,
+            Some("https") => Some(options.security.tls()?),
+            _ => return Err(wrong()),
+        };
+        if let Some(tls) = &tls {
+            endpoint = endpoint.tls_config(tls.grpc.clone()).map_err(|error| ClientError {
+                kind: ErrorKind::FixInput,
+                message: format!("TLS cannot be used: {error}"),
+            })?;
+        }
+        let bearer = Bearer::new(options.security.token.as_deref())?;
         let (link_sender, link) = watch::channel(Link::Connecting);
-        let (releases, released) = mpsc::channel(RELEASE_QUEUE);
-        let task = tokio::spawn(maintain(endpoint, options.clone(), link_sender, released)).abort_handle();
+        let releases = Arc::new(Releases::default());
+        let opening = Opening { endpoint, options: options.clone(), bearer, tls };
+        let task = tokio::spawn(maintain(opening, link_sender, releases.clone())).abort_handle();
         Ok(Self(Arc::new(Inner { options, link, releases, task })))
     }
 
@@ -95,7 +111,15 @@ impl CacheClient {
         ClientError { kind: ErrorKind::Retry, message }
     }
 
-    pub(crate) fn releases(&self) -> mpsc::Sender<Release> {
+    /// The ways for block bytes, as they are now; none without a session.
+    pub fn wires(&self) -> Vec<WireReport> {
+        match &*self.0.link.borrow() {
+            Link::Up(connection) => connection.wires.report(),
+            _ => Vec::new(),
+        }
+    }
+
+    pub(crate) fn releases(&self) -> Arc<Releases> {
         self.0.releases.clone()
     }
 
@@ -154,5 +178,7 @@ pub(crate) fn reason(status: &Status) -> MissReason {
     }
 }
 
-pub(crate) type Grpc = pb::cache_client::CacheClient<tonic::transport::Channel>;
-pub(crate) type AdminGrpc = pb::admin_client::AdminClient<tonic::transport::Channel>;
+pub(crate) type Grpc = Api;
+pub(crate) type AdminGrpc = pb::admin_client::AdminClient<
+    tonic::service::interceptor::InterceptedService<tonic::transport::Channel, Bearer>,
+>;

@@ -2,15 +2,18 @@
 //! is there, or fail at once.
 
 use crate::client::{AdminGrpc, Grpc, until};
-use crate::lease::Release;
-use crate::options::ClientOptions;
+use crate::lease::Releases;
+use crate::options::{ClientOptions, Tls};
+use crate::wires::{Reach, Wires};
 use cairn_proto::{KeySpace, SpaceId, limits, pb};
+use cairn_transfer::Bearer;
 use pb::session_event::Event;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Status, Streaming};
 
@@ -24,8 +27,8 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 
-/// Leases released in one request.
-const RELEASE_BATCH: usize = 256;
+/// Leases that ended wait this long for a lookup that takes them along.
+const RELEASE_DELAY: Duration = Duration::from_millis(2);
 
 #[derive(Clone)]
 pub(crate) enum Link {
@@ -41,6 +44,7 @@ pub(crate) struct Connection {
     pub(crate) session: u64,
     pub(crate) grpc: Grpc,
     pub(crate) admin: AdminGrpc,
+    pub(crate) wires: Arc<Wires>,
     declared: Arc<Mutex<HashSet<SpaceId>>>,
 }
 
@@ -64,20 +68,28 @@ impl Connection {
     }
 }
 
+/// What opening a session takes.
+pub(crate) struct Opening {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) options: ClientOptions,
+    pub(crate) bearer: Bearer,
+    pub(crate) tls: Option<Tls>,
+}
+
 /// Keeps a session open until the client is dropped.
-pub(crate) async fn maintain(
-    endpoint: Endpoint,
-    options: ClientOptions,
-    link: watch::Sender<Link>,
-    mut releases: mpsc::Receiver<Release>,
-) {
+pub(crate) async fn maintain(opening: Opening, link: watch::Sender<Link>, releases: Arc<Releases>) {
+    let options = opening.options.clone();
     let mut backoff = MIN_BACKOFF;
     loop {
-        match open(&endpoint, &options).await {
-            Ok((connection, events)) => {
+        match open(&opening).await {
+            Ok((connection, events, reach)) => {
                 tracing::debug!(session = connection.session, endpoint = options.endpoint, "session opened");
+                connection.wires.connect_first(&reach, &options).await;
                 link.send_replace(Link::Up(Box::new(connection.clone())));
-                let why = hold(&connection, events, &link, &mut releases).await;
+                let why = tokio::select! {
+                    why = hold(&connection, events, &link, &releases) => why,
+                    () = connection.wires.maintain(reach, options.clone()) => continue,
+                };
                 tracing::info!(endpoint = options.endpoint, why, "session ended");
                 link.send_replace(Link::Connecting);
                 backoff = MIN_BACKOFF;
@@ -92,12 +104,11 @@ pub(crate) async fn maintain(
     }
 }
 
-async fn open(
-    endpoint: &Endpoint,
-    options: &ClientOptions,
-) -> Result<(Connection, Streaming<pb::SessionEvent>), Status> {
+async fn open(opening: &Opening) -> Result<(Connection, Streaming<pb::SessionEvent>, Reach), Status> {
+    let options = &opening.options;
     let deadline = Instant::now() + options.connect_timeout;
-    let endpoint = endpoint
+    let endpoint = opening
+        .endpoint
         .clone()
         .connect_timeout(options.connect_timeout)
         .tcp_nodelay(true)
@@ -110,7 +121,7 @@ async fn open(
         Err(_) => return Err(Status::deadline_exceeded("no answer in time")),
         Ok(channel) => channel.map_err(|error| Status::unavailable(root_cause(&error)))?,
     };
-    let mut grpc = Grpc::new(channel.clone())
+    let mut grpc = Grpc::new(InterceptedService::new(channel.clone(), opening.bearer.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
     let request = pb::SessionRequest { client_name: options.name.clone(), api_version: limits::API_VERSION };
@@ -120,8 +131,15 @@ async fn open(
     let Some(pb::SessionEvent { event: Some(Event::Opened(opened)) }) = first else {
         return Err(Status::internal("the server did not open a session"));
     };
-    let admin = AdminGrpc::new(channel);
-    Ok((Connection { session: opened.session_id, grpc, admin, declared: Arc::default() }, events))
+    let admin = AdminGrpc::new(InterceptedService::new(channel, opening.bearer.clone()));
+    let session = opened.session_id;
+    let key = opened.session_key.as_ref().try_into();
+    let key = key.map_err(|_| Status::internal("the server gives no session key: use matching releases"))?;
+    let host = opening.endpoint.uri().host().unwrap_or_default();
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let wires = Wires::new(grpc.clone(), &opened.wires, options.wire);
+    let reach = Reach { host, tls: opening.tls.clone(), session, key };
+    Ok((Connection { session, grpc, admin, wires, declared: Arc::default() }, events, reach))
 }
 
 /// Until the session ends; says why it did.
@@ -129,9 +147,8 @@ async fn hold(
     connection: &Connection,
     mut events: Streaming<pb::SessionEvent>,
     link: &watch::Sender<Link>,
-    releases: &mut mpsc::Receiver<Release>,
+    releases: &Releases,
 ) -> String {
-    let mut batch = Vec::new();
     loop {
         tokio::select! {
             event = events.message() => match event {
@@ -142,17 +159,20 @@ async fn hold(
                 Ok(None) => return "the server ended it".into(),
                 Err(status) => return status.message().to_owned(),
             },
-            _ = releases.recv_many(&mut batch, RELEASE_BATCH) => {
-                release(connection, &mut batch);
+            () = releases.some.notified() => {
+                tokio::time::sleep(RELEASE_DELAY).await;
+                release(connection, releases.take(connection.session));
             }
         }
     }
 }
 
-fn release(connection: &Connection, batch: &mut Vec<Release>) {
-    let ours = batch.drain(..).filter(|release| release.session == connection.session);
-    let lease_ids: Vec<u64> = ours.map(|release| release.lease).collect();
-    let request = pb::ReleaseLeaseRequest { session_id: connection.session, lease_ids };
+fn release(connection: &Connection, lease_ids: Vec<u64>) {
+    let copied_bytes = connection.wires.take_copied();
+    if lease_ids.is_empty() && copied_bytes == 0 {
+        return;
+    }
+    let request = pb::ReleaseLeaseRequest { session_id: connection.session, lease_ids, copied_bytes };
     let mut grpc = connection.grpc.clone();
     tokio::spawn(async move {
         // A release that is lost costs the server some memory until the lease's deadline.

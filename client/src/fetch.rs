@@ -1,18 +1,43 @@
-//! Bringing leased blocks into the caller's memory, verified.
+//! Bringing leased blocks into the caller's memory, verified, over whatever wire works.
 
 use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
 use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{MissReason, Outcome, pb};
-use cairn_transfer::Incoming;
+use cairn_transfer::{Arrival, Arrivals, FetchJob, Promise, WireKind};
+use std::ops::Deref;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 
 /// The server reads the block once to check it.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What became of the blocks of a fetch, and how they came.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// One for each target.
+    pub outcomes: Vec<Outcome>,
+    /// The wire that was used last; `None` when there was none to use.
+    pub wire: Option<WireKind>,
+}
+
+impl Deref for Fetched {
+    type Target = [Outcome];
+
+    fn deref(&self) -> &[Outcome] {
+        &self.outcomes
+    }
+}
+
+impl Fetched {
+    pub(crate) fn missed(count: usize, reason: MissReason) -> Self {
+        Self { outcomes: vec![Outcome::Miss(reason); count], wire: None }
+    }
+}
 
 impl CacheClient {
     /// Reads blocks `first..first + targets.len()` of the run, each into its target, which must have exactly the size of
@@ -20,99 +45,151 @@ impl CacheClient {
     ///
     /// # Panics
     /// When a target has the wrong size or the positions are outside the run.
-    pub async fn fetch<T: AsMut<[u8]>>(&self, run: &Run, first: usize, targets: &mut [T]) -> Vec<Outcome> {
-        assert!(first + targets.len() <= run.len(), "positions outside the run");
-        for target in targets.iter_mut() {
-            let len = target.as_mut().len() as u64;
-            assert_eq!(len, run.space.block_bytes(), "a target must have the size of a block");
-        }
+    pub async fn fetch<T: AsMut<[u8]>>(&self, run: &Run, first: usize, targets: &mut [T]) -> Fetched {
+        self.fetch_watched(run, first, targets, None).await
+    }
+
+    /// As [`Self::fetch`], layer by layer where the wire can (QUIC): layer 0 of all blocks before layer 1 of any. `arrived` is called
+    /// with a position in the run and how many layers of that block are in its target. So a model can begin with its first layer while the
+    /// last is on its way; but only the outcome says whether a block is right, so nothing that was computed from it may leave before
+    /// that.
+    ///
+    /// # Panics
+    /// As [`Self::fetch`].
+    pub async fn fetch_layers<T: AsMut<[u8]>>(
+        &self,
+        run: &Run,
+        first: usize,
+        targets: &mut [T],
+        arrived: &mut (dyn FnMut(usize, usize) + Send),
+    ) -> Fetched {
+        let layers = run.space.layout().layers() as u64;
+        let layer_bytes = run.space.block_bytes() / layers;
+        let mut told = vec![0u64; targets.len()];
+        let mut watch = |block: usize, bytes: u64| {
+            let whole = bytes / layer_bytes;
+            if whole != told[block - first] {
+                told[block - first] = whole;
+                arrived(block, whole as usize);
+            }
+        };
+        self.fetch_watched(run, first, targets, Some((layer_bytes, &mut watch))).await
+    }
+
+    async fn fetch_watched<T: AsMut<[u8]>>(
+        &self,
+        run: &Run,
+        first: usize,
+        targets: &mut [T],
+        watch: Option<(u64, &mut (dyn FnMut(usize, u64) + Send))>,
+    ) -> Fetched {
+        let count = targets.len();
+        assert!(first + count <= run.len(), "positions outside the run");
+        let targets: Vec<&mut [u8]> = targets.iter_mut().map(AsMut::as_mut).collect();
+        let right = targets.iter().all(|target| target.len() as u64 == run.space.block_bytes());
+        assert!(right, "a target must have the size of a block");
         let deadline = Instant::now() + self.options().fetch_timeout;
-        let mut outcomes = vec![Outcome::Miss(MissReason::PeerDown); targets.len()];
         let connection = match self.connection(deadline).await {
             Ok(connection) if connection.session == run.lease.session() => connection,
-            Ok(_) => return vec![Outcome::Miss(MissReason::LeaseLost); targets.len()],
-            Err(reason) => return vec![Outcome::Miss(reason); targets.len()],
+            Ok(_) => return Fetched::missed(count, MissReason::LeaseLost),
+            Err(reason) => return Fetched::missed(count, reason),
         };
-        let receiver = Receiver { run, first, targets, outcomes: &mut outcomes };
-        if let Err(status) = receiver.run(&connection, deadline).await {
-            tracing::debug!(error = status.message(), "a fetch ended early");
-            let missing = Outcome::Miss(reason(&status));
-            for outcome in outcomes.iter_mut().filter(|o| **o == Outcome::Miss(MissReason::PeerDown)) {
-                *outcome = missing;
-            }
+        let promise = Promise {
+            space: run.space.id(),
+            block_bytes: run.space.block_bytes(),
+            hashes: &run.hashes,
+            checksums: &run.checksums,
+        };
+        let mut arrivals = Arrivals::new(promise, first, targets);
+        let mut range_bytes = 0;
+        if let Some((bytes, progress)) = watch {
+            range_bytes = bytes;
+            arrivals = arrivals.watched(progress);
         }
-        outcomes
+        let (wire, missing) = bring(&connection, run, range_bytes, &mut arrivals, deadline).await;
+        let found = arrivals.found().iter().enumerate();
+        let outcome = |(i, found): (usize, &Option<Arrival>)| match found {
+            Some(Arrival::Whole) => Outcome::Hit(run.tiers[first + i]),
+            Some(Arrival::Lost(reason)) => Outcome::Miss(*reason),
+            // Its slot may have been given to another block before it was read.
+            Some(Arrival::Corrupt) if run.lease.remaining().is_zero() => Outcome::Miss(MissReason::LeaseLost),
+            Some(Arrival::Corrupt) => {
+                tracing::warn!(hash = ?run.hashes[first + i], "a fetched block is corrupt");
+                report(&connection, run.lease.clone(), (first + i) as u32);
+                Outcome::Corrupt
+            }
+            None => Outcome::Miss(missing),
+        };
+        Fetched { outcomes: found.map(outcome).collect(), wire }
     }
 }
 
-struct Receiver<'a, T> {
-    run: &'a Run,
-    first: usize,
-    targets: &'a mut [T],
-    outcomes: &'a mut [Outcome],
-}
-
-impl<T: AsMut<[u8]>> Receiver<'_, T> {
-    async fn run(mut self, connection: &Connection, deadline: Instant) -> Result<(), Status> {
-        let request = pb::FetchRequest {
-            session_id: connection.session,
-            lease_id: self.run.lease.id(),
-            first: self.first as u32,
-            count: self.targets.len() as u32,
+/// Tries one wire after the other until every block is decided. Says which was the last, and why what is missing is.
+async fn bring(
+    connection: &Connection,
+    run: &Run,
+    range_bytes: u64,
+    arrivals: &mut Arrivals<'_>,
+    deadline: Instant,
+) -> (Option<WireKind>, MissReason) {
+    let (mut last, mut missing) = (None, MissReason::PeerDown);
+    let mut wires = connection.wires.order().into_iter().peekable();
+    while let Some(wire) = wires.next() {
+        last = Some(wire.kind());
+        // A wire that stalls must leave time for the next.
+        let now = Instant::now();
+        let until = match wires.peek() {
+            Some(_) => now + deadline.saturating_duration_since(now) / 2,
+            None => deadline,
         };
-        let mut chunks = until(deadline, connection.grpc.clone().fetch(request)).await?;
-        let mut open: Vec<Option<Incoming>> = (0..self.targets.len()).map(|_| None).collect();
-        loop {
-            let chunk = tokio::time::timeout_at(deadline, chunks.message()).await;
-            let chunk =
-                chunk.map_err(|_| Status::deadline_exceeded("the bytes did not arrive in time"))??;
-            let Some(chunk) = chunk else { return Ok(()) };
-            for piece in &chunk.pieces {
-                if let Some(corrupt) = self.accept(piece, &mut open)? {
-                    report(connection, self.run.lease.clone(), corrupt);
+        let before = whole(arrivals);
+        let mut result = Ok(());
+        while let (Ok(()), Some(blocks)) = (&result, arrivals.undecided()) {
+            let (session, lease) = (connection.session, run.lease.id());
+            // What a lookup said holds as long as the lease does.
+            let locations =
+                if run.lease.remaining().is_zero() { Arc::from([]) } else { run.locations.clone() };
+            let job = FetchJob { session, lease, blocks, locations, range_bytes };
+            result = match tokio::time::timeout_at(until, wire.fetch(&job, arrivals)).await {
+                Ok(Ok(())) if arrivals.undecided() == Some(job.blocks) => {
+                    Err(Status::internal("the server says nothing about blocks that were asked for"))
                 }
-            }
-            for loss in &chunk.losses {
-                let index = self.index(loss.block)?;
-                self.outcomes[index] = Outcome::Miss(MissReason::try_from(loss.reason())?);
-            }
+                Ok(result) => result,
+                Err(_) => Err(Status::deadline_exceeded("the bytes did not arrive in time")),
+            };
         }
-    }
-
-    /// Where a block of the run is among the targets.
-    fn index(&self, block: u32) -> Result<usize, Status> {
-        let index = (block as usize).checked_sub(self.first).filter(|index| *index < self.targets.len());
-        index.ok_or_else(|| Status::internal("a block that was not asked for"))
-    }
-
-    /// Stores one piece. Returns the position of a block that is complete and wrong.
-    fn accept(
-        &mut self,
-        piece: &pb::BlockPiece,
-        open: &mut [Option<Incoming>],
-    ) -> Result<Option<u32>, Status> {
-        let position = piece.block as usize;
-        let index = self.index(piece.block)?;
-        let target = self.targets[index].as_mut();
-        let incoming = open[index]
-            .get_or_insert_with(|| Incoming::new(&self.run.space.id(), &self.run.hashes[position]));
-        let accepted = incoming.accept(piece.offset, &piece.data, target);
-        accepted.map_err(|error| Status::internal(error.to_string()))?;
-        let Some(found) = incoming.finish(self.run.space.block_bytes()) else {
-            return Ok(None);
+        let bytes = (whole(arrivals) - before) * run.space.block_bytes();
+        if wire.kind() == WireKind::Shm {
+            connection.wires.copied.fetch_add(bytes, Ordering::Relaxed);
+        }
+        let Err(status) = result else {
+            connection.wires.worked(wire.kind(), bytes);
+            return (last, missing);
         };
-        if found == self.run.checksums[position] {
-            self.outcomes[index] = Outcome::Hit(self.run.tiers[position]);
-            return Ok(None);
+        tracing::debug!(wire = wire.kind().name(), error = status.message(), "a fetch ended early");
+        missing = reason(&status);
+        if !is_wires_fault(&status) {
+            return (last, missing);
         }
-        tracing::warn!(hash = ?self.run.hashes[position], "a fetched block is corrupt");
-        self.outcomes[index] = Outcome::Corrupt;
-        Ok(Some(piece.block))
+        connection.wires.failed(wire.kind(), &status);
     }
+    (last, missing)
+}
+
+fn whole(arrivals: &Arrivals<'_>) -> u64 {
+    arrivals.found().iter().filter(|found| **found == Some(Arrival::Whole)).count() as u64
+}
+
+/// Whether another wire could do better.
+pub(crate) fn is_wires_fault(status: &Status) -> bool {
+    !matches!(
+        status.code(),
+        Code::NotFound | Code::InvalidArgument | Code::PermissionDenied | Code::OutOfRange
+    )
 }
 
 /// Tells the server in the background: the caller has its outcome already.
-fn report(connection: &Connection, lease: Arc<Lease>, block: u32) {
+pub(crate) fn report(connection: &Connection, lease: Arc<Lease>, block: u32) {
     let mut grpc = connection.grpc.clone();
     let request = pb::ReportCorruptRequest { session_id: connection.session, lease_id: lease.id(), block };
     tokio::spawn(async move {

@@ -1,8 +1,12 @@
 //! The right to read a run of blocks, released when dropped.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::time::Instant;
+
+/// Leases waiting to be released. When it is full a lease is left to its deadline.
+const QUEUE: usize = 4096;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Release {
@@ -10,17 +14,49 @@ pub(crate) struct Release {
     pub(crate) lease: u64,
 }
 
+/// Leases that ended here and not yet at the server. The next lookup takes them along; if none comes soon, a call of their own does.
+#[derive(Debug, Default)]
+pub(crate) struct Releases {
+    queue: Mutex<Vec<Release>>,
+    pub(crate) some: Notify,
+}
+
+impl Releases {
+    fn push(&self, release: Release) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.len() < QUEUE {
+            queue.push(release);
+        }
+        self.some.notify_one();
+    }
+
+    /// All of one session; those of others are of no use any more.
+    pub(crate) fn take(&self, session: u64) -> Vec<u64> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = queue.iter().filter(|release| release.session == session);
+        let ours = ours.map(|release| release.lease).collect();
+        queue.clear();
+        ours
+    }
+}
+
 /// While it lives, and before its deadline, the server keeps the leased blocks.
 #[derive(Debug)]
 pub struct Lease {
     release: Release,
     deadline: Instant,
-    releases: mpsc::Sender<Release>,
+    releases: Arc<Releases>,
 }
 
 impl Lease {
-    pub(crate) fn new(session: u64, lease: u64, ttl: Duration, releases: mpsc::Sender<Release>) -> Self {
-        Self { release: Release { session, lease }, deadline: Instant::now() + ttl, releases }
+    /// `asked` is when the request left: the server's own deadline is not before this one.
+    pub(crate) fn new(
+        session: u64,
+        lease: u64,
+        (asked, ttl): (Instant, Duration),
+        releases: Arc<Releases>,
+    ) -> Self {
+        Self { release: Release { session, lease }, deadline: asked + ttl, releases }
     }
 
     pub(crate) fn id(&self) -> u64 {
@@ -39,7 +75,6 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // If the queue is full the lease ends by its deadline instead.
-        let _ = self.releases.try_send(self.release);
+        self.releases.push(self.release);
     }
 }

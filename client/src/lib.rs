@@ -14,9 +14,15 @@ mod lease;
 mod lookup;
 mod options;
 mod publish;
+mod view;
+mod wires;
 
+pub use cairn_transfer::{QuicOptions, WireKind};
 pub use client::{CacheClient, ClientError};
+pub use fetch::Fetched;
 pub use lease::Lease;
 pub use lookup::{Lookup, Run};
-pub use options::ClientOptions;
+pub use options::{ClientOptions, Security};
 pub use publish::{Block, Stored};
+pub use view::View;
+pub use wires::WireReport;

@@ -1,10 +1,13 @@
 //! Asking for the longest resident run of a chain.
 
 use crate::client::{CacheClient, reason, until};
+use crate::connection::Connection;
+use crate::fetch::is_wires_fault;
 use crate::lease::Lease;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, Tier, limits, pb, wire};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 use tonic::Status;
 
 /// The answer to a lookup.
@@ -37,6 +40,8 @@ pub struct Run {
     pub(crate) checksums: Vec<Checksum>,
     /// Where each block was found.
     pub(crate) tiers: Vec<Tier>,
+    /// Where each is in shared memory, if the lookup went that way.
+    pub(crate) locations: Arc<[u64]>,
 }
 
 impl Run {
@@ -68,26 +73,48 @@ impl CacheClient {
     async fn try_lookup(&self, space: &KeySpace, hashes: &[BlockHash]) -> Result<Lookup, MissReason> {
         let options = self.options();
         let (connection, deadline) = self.connection_for(space, options.lookup_timeout).await?;
+        let asked = Instant::now();
         let request = pb::LookupRequest {
             session_id: connection.session,
             space_id: space.id().0.to_vec().into(),
             block_hashes: BlockHash::concat(hashes),
             lease_ttl_ms: u32::try_from(options.lease_ttl.as_millis()).unwrap_or(u32::MAX),
+            release_lease_ids: self.releases().take(connection.session),
+            copied_bytes: connection.wires.take_copied(),
         };
-        let answer = until(deadline, connection.grpc.clone().lookup(request)).await;
+        let answer = ask(&connection, request, deadline).await;
         let answer = answer.map_err(|status| match status.code() {
             tonic::Code::NotFound => MissReason::PeerDown,
             _ => reason(&status),
         })?;
         let lease = (answer.lease_id != 0).then(|| {
             let ttl = Duration::from_millis(u64::from(answer.lease_ttl_ms));
-            Lease::new(connection.session, answer.lease_id, ttl, self.releases())
+            Lease::new(connection.session, answer.lease_id, (asked, ttl), self.releases())
         });
         parse(space, hashes, &answer, lease).map_err(|status| {
             tracing::warn!(error = status.message(), "the cache server's answer makes no sense");
             MissReason::PeerDown
         })
     }
+}
+
+/// Over the best wire if it can, else as a call.
+async fn ask(
+    connection: &Connection,
+    request: pb::LookupRequest,
+    deadline: Instant,
+) -> Result<pb::LookupResponse, Status> {
+    if let Some(wire) = connection.wires.order().first()
+        && let Some(answer) = wire.lookup(&request)
+    {
+        match tokio::time::timeout_at(deadline, answer).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(status)) if is_wires_fault(&status) => connection.wires.failed(wire.kind(), &status),
+            Ok(Err(status)) => return Err(status),
+            Err(_) => return Err(Status::deadline_exceeded("no answer in time")),
+        }
+    }
+    until(deadline, connection.grpc.clone().lookup(request)).await
 }
 
 fn parse(
@@ -111,6 +138,11 @@ fn parse(
         _ => Tier::Host,
     };
     let tiers = outcomes[..hits].iter().map(tier).collect();
-    let run = Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums, tiers };
+    let locations: Arc<[u64]> = answer.locations.as_slice().into();
+    if locations.len() > hits {
+        return Err(Status::internal("places of blocks that are not leased"));
+    }
+    let run =
+        Run { lease, space: space.clone(), hashes: hashes[..hits].to_vec(), checksums, tiers, locations };
     Ok(Lookup { outcomes, run: Some(run) })
 }

@@ -2,10 +2,10 @@
 
 use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
+use crate::fetch::is_wires_fault;
 use bytes::Bytes;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, pb, wire};
-use cairn_transfer::pack;
-use pb::publish_chunk::Chunk;
+use cairn_transfer::{Offer, PublishJob};
 use tokio::time::Instant;
 use tonic::Status;
 
@@ -73,72 +73,86 @@ impl CacheClient {
         stored: &mut [Stored],
     ) -> Result<(), MissReason> {
         let (connection, deadline) = self.connection_for(space, self.options().publish_timeout).await?;
-        let hashes: Vec<BlockHash> = blocks.iter().map(|block| block.hash).collect();
-        let request = pb::ReserveRequest {
-            session_id: connection.session,
-            space_id: space.id().0.to_vec().into(),
-            parent_hash: parent.map(|hash| hash.0.to_vec()).unwrap_or_default().into(),
-            block_hashes: BlockHash::concat(&hashes),
-            ttl_ms: u32::try_from(self.options().publish_timeout.as_millis()).unwrap_or(u32::MAX),
-        };
-        let failed = |status: Status| {
-            tracing::debug!(error = status.message(), "a publish failed");
-            reason(&status)
-        };
-        let answer = until(deadline, connection.grpc.clone().reserve(request)).await.map_err(failed)?;
-        let grants =
-            wire::parse_grants(&answer.grants, blocks.len()).map_err(|error| failed(error.into()))?;
-        let mut granted = Vec::new();
-        for (position, grant) in grants.iter().enumerate() {
-            stored[position] = match grant {
-                pb::Grant::AlreadyStored => Stored::AlreadyStored,
-                pb::Grant::NoSpace => Stored::NoSpace,
-                pb::Grant::ParentMissing => Stored::ParentMissing,
-                pb::Grant::Granted | pb::Grant::Unspecified => {
-                    granted.push((position as u32, blocks[position].clone()));
-                    Stored::Failed(MissReason::PeerDown)
-                }
+        let mut wires = connection.wires.order().into_iter().peekable();
+        while let Some(wire) = wires.next() {
+            let now = Instant::now();
+            // A wire that stalls must leave time for the next.
+            let until = match wires.peek() {
+                Some(_) => now + deadline.saturating_duration_since(now) / 2,
+                None => deadline,
             };
-        }
-        if granted.is_empty() {
-            return Ok(());
-        }
-        let commits = send(&connection, answer.reservation_id, granted, deadline).await.map_err(failed)?;
-        for commit in commits {
-            if let Some(place) = stored.get_mut(commit.block as usize) {
-                *place = outcome(commit.commit());
+            let Some(job) = reserve(&connection, space, (parent, blocks), stored, deadline).await? else {
+                return Ok(());
+            };
+            let sent = match tokio::time::timeout_at(until, wire.publish(&job)).await {
+                Ok(sent) => sent,
+                Err(_) => Err(Status::deadline_exceeded("the blocks were not taken in time")),
+            };
+            match sent {
+                Ok(commits) => {
+                    for commit in commits {
+                        if let Some(place) = stored.get_mut(commit.block as usize) {
+                            *place = outcome(commit.commit());
+                        }
+                    }
+                    let bytes: usize = job.blocks.iter().map(|offer| offer.bytes.len()).sum();
+                    connection.wires.worked(wire.kind(), bytes as u64);
+                    return Ok(());
+                }
+                // What arrived is stored, the rest is reserved anew.
+                Err(status) if wires.peek().is_some() && is_wires_fault(&status) => {
+                    connection.wires.failed(wire.kind(), &status);
+                }
+                Err(status) => return Err(failed(&status)),
             }
         }
-        Ok(())
+        Err(MissReason::PeerDown)
     }
 }
 
-async fn send(
+fn failed(status: &Status) -> MissReason {
+    tracing::debug!(error = status.message(), "a publish failed");
+    reason(status)
+}
+
+/// Room for what is not stored yet; `None` when there is nothing to send.
+async fn reserve(
     connection: &Connection,
-    reservation_id: u64,
-    granted: Vec<(u32, Block)>,
+    space: &KeySpace,
+    (parent, blocks): (Option<BlockHash>, &[Block]),
+    stored: &mut [Stored],
     deadline: Instant,
-) -> Result<Vec<pb::BlockCommit>, Status> {
-    let header = pb::PublishHeader { session_id: connection.session, reservation_id };
-    let sums: Vec<(u32, usize, Checksum)> =
-        granted.iter().map(|(position, block)| (*position, block.bytes.len(), block.checksum)).collect();
-    let mut sums = sums.into_iter().peekable();
-    let pieces = pack(granted.into_iter().map(|(position, block)| (position, block.bytes)));
-    let messages = pieces.map(move |pieces| {
-        let ended = |piece: &pb::BlockPiece| {
-            let end = piece.offset as usize + piece.data.len();
-            let (position, _, checksum) =
-                sums.next_if(|(position, len, _)| *position == piece.block && *len == end)?;
-            Some(pb::BlockSeal { block: position, checksum: checksum.0.to_vec().into() })
+) -> Result<Option<PublishJob>, MissReason> {
+    let hashes: Vec<BlockHash> = blocks.iter().map(|block| block.hash).collect();
+    let left = deadline.saturating_duration_since(Instant::now());
+    let request = pb::ReserveRequest {
+        session_id: connection.session,
+        space_id: space.id().0.to_vec().into(),
+        parent_hash: parent.map(|hash| hash.0.to_vec()).unwrap_or_default().into(),
+        block_hashes: BlockHash::concat(&hashes),
+        ttl_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1),
+    };
+    let answer = until(deadline, connection.grpc.clone().reserve(request)).await;
+    let answer = answer.map_err(|status| failed(&status))?;
+    let grants = wire::parse_grants(&answer.grants, blocks.len());
+    let grants = grants.map_err(|error| failed(&error.into()))?;
+    let mut granted = Vec::new();
+    for (position, grant) in grants.iter().enumerate() {
+        let block = &blocks[position];
+        stored[position] = match grant {
+            pb::Grant::AlreadyStored => Stored::AlreadyStored,
+            pb::Grant::NoSpace => Stored::NoSpace,
+            pb::Grant::ParentMissing => Stored::ParentMissing,
+            pb::Grant::Granted | pb::Grant::Unspecified => {
+                let Block { hash, bytes, checksum } = block.clone();
+                granted.push(Offer { position: position as u32, hash, bytes, checksum });
+                Stored::Failed(MissReason::PeerDown)
+            }
         };
-        let seals = pieces.iter().filter_map(ended).collect();
-        Chunk::Pieces(pb::PublishPieces { pieces, seals })
-    });
-    let messages = std::iter::once(Chunk::Header(header)).chain(messages);
-    let messages = messages.map(|chunk| pb::PublishChunk { chunk: Some(chunk) });
-    let mut grpc = connection.grpc.clone();
-    let answer = until(deadline, grpc.publish(tokio_stream::iter(messages))).await?;
-    Ok(answer.commits)
+    }
+    let (session, reservation) = (connection.session, answer.reservation_id);
+    let job = PublishJob { session, reservation, space: space.id(), blocks: granted };
+    Ok((!job.blocks.is_empty()).then_some(job))
 }
 
 fn outcome(commit: pb::Commit) -> Stored {

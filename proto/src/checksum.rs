@@ -11,7 +11,15 @@ pub struct Checksum(pub [u8; 16]);
 impl Checksum {
     /// Checksum of a whole payload.
     pub fn of(space: &SpaceId, hash: &BlockHash, payload: &[u8]) -> Self {
-        Self(XxHash3_128::oneshot_with_seed(seed(space, hash), payload).to_le_bytes())
+        Self(XxHash3_128::oneshot_with_seed(Self::seed(space, hash), payload).to_le_bytes())
+    }
+
+    /// The seed of a block's checksum: the first eight bytes of space id and block hash, little endian, xored.
+    pub fn seed(space: &SpaceId, hash: &BlockHash) -> u64 {
+        let first = |bytes: &[u8; 32]| {
+            bytes[..8].iter().rev().fold(0u64, |value, byte| (value << 8) | u64::from(*byte))
+        };
+        first(&space.0) ^ first(&hash.0)
     }
 
     /// `n × 16` bytes from the wire.
@@ -43,20 +51,13 @@ impl TryFrom<&[u8]> for Checksum {
     }
 }
 
-/// The first eight bytes of space id and block hash, little endian, xored.
-fn seed(space: &SpaceId, hash: &BlockHash) -> u64 {
-    let first =
-        |bytes: &[u8; 32]| bytes[..8].iter().rev().fold(0u64, |value, byte| (value << 8) | u64::from(*byte));
-    first(&space.0) ^ first(&hash.0)
-}
-
 /// Checks a block while it arrives in pieces, so that verification costs no second pass at the end.
 pub struct StreamingChecksum(twox_hash::xxhash3_128::Hasher);
 
 impl StreamingChecksum {
     /// Starts a block.
     pub fn new(space: &SpaceId, hash: &BlockHash) -> Self {
-        Self(twox_hash::xxhash3_128::Hasher::with_seed(seed(space, hash)))
+        Self(twox_hash::xxhash3_128::Hasher::with_seed(Checksum::seed(space, hash)))
     }
 
     /// Adds the next bytes.

@@ -15,6 +15,9 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Block bytes packed into one streamed message: measured best between 256 KiB and 2 MiB on loopback.
 pub const CHUNK_BYTES: usize = 1 << 20;
 
+/// Slots of host memory start at multiples of this: pages, so that devices can read and write them directly.
+pub const SLOT_ALIGN_BYTES: u64 = 4096;
+
 /// Bytes of any name (tenant, client, LoRA adapter).
 pub const MAX_NAME_BYTES: usize = 256;
 

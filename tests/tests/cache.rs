@@ -121,7 +121,7 @@ async fn requests_that_make_no_sense_get_a_clear_error() {
         session_id,
         space_id: space_id.into(),
         block_hashes: block_hashes.into(),
-        lease_ttl_ms: 0,
+        ..Default::default()
     };
     let unknown = grpc.lookup(lookup(space.id().0.to_vec(), vec![0; 32])).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
@@ -231,9 +231,10 @@ async fn clients_that_die_in_the_middle_leave_nothing_behind() {
         space_id: space.id().0.to_vec().into(),
         block_hashes: cairn_proto::BlockHash::concat(&chain),
         lease_ttl_ms: 60_000,
+        ..Default::default()
     };
     let lease_id = grpc.lookup(request).await.unwrap().into_inner().lease_id;
-    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 40 };
+    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 40, range_bytes: 0 };
     let mut chunks = grpc.fetch(request).await.unwrap().into_inner();
     chunks.message().await.unwrap().unwrap();
     assert_eq!(server.usage().leases, 1);
@@ -258,9 +259,10 @@ async fn a_reader_that_stops_reading_loses_its_blocks_at_the_deadline() {
         space_id: space.id().0.to_vec().into(),
         block_hashes: cairn_proto::BlockHash::concat(&chain),
         lease_ttl_ms: 100,
+        ..Default::default()
     };
     let lease_id = grpc.lookup(request).await.unwrap().into_inner().lease_id;
-    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 200 };
+    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 200, range_bytes: 0 };
     let mut chunks = grpc.fetch(request).await.unwrap().into_inner();
     chunks.message().await.unwrap().unwrap();
     nothing_held(&server).await;
@@ -286,7 +288,7 @@ async fn an_expired_lease_is_a_miss_and_the_bytes_can_be_found_again() {
     let run = client.lookup(&space, &chain).await.run.unwrap();
     eventually("the lease expired", || server.usage().leases == 0).await;
     let mut targets = vec![vec![0u8; space.block_bytes() as usize]; 4];
-    let outcomes = client.fetch(&run, 0, &mut targets).await;
+    let outcomes = client.fetch(&run, 0, &mut targets).await.outcomes;
     assert_eq!(outcomes, vec![Outcome::Miss(MissReason::LeaseLost); 4]);
     assert_eq!(server.counters().expired_leases, 1);
     server.shutdown().await.unwrap();

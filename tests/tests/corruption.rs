@@ -1,5 +1,5 @@
 //! A stored block goes bad in the server's memory: found at its next use, quarantined, explained, and replaceable. Alone in
-//! its file, because it looks for the arena among the descriptors of its process.
+//! its file, because it looks for the arena in the memory of its process.
 
 #![allow(clippy::unwrap_used)]
 
@@ -8,22 +8,24 @@ use cairn_proto::{MissReason, Outcome, pb};
 use cairn_tests::*;
 use std::os::unix::fs::FileExt;
 
-/// Flips one bit of the block that starts with these bytes, in whichever memory file of this process holds it.
+/// Flips one bit of the block that starts with these bytes, in whichever chunk of the server's memory holds it. The memory files are
+/// sealed against writing, so it goes through the server's own mapping.
 fn corrupt_in_memory(block: &[u8]) {
-    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
-        let path = entry.unwrap().path();
-        let Ok(target) = std::fs::read_link(&path) else { continue };
-        if !target.to_string_lossy().contains("cairn-host-chunk") {
+    let memory = std::fs::OpenOptions::new().read(true).write(true).open("/proc/self/mem").unwrap();
+    for line in std::fs::read_to_string("/proc/self/maps").unwrap().lines() {
+        if !line.contains("cairn-host-chunk") || !line.contains("rw-s") {
             continue;
         }
-        let content = std::fs::read(&path).unwrap();
+        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+        let mut content = vec![0; (end - start) as usize];
+        memory.read_exact_at(&mut content, start).unwrap();
         let Some(at) = content.chunks(4096).position(|page| page.starts_with(&block[..64])) else { continue };
         let at = at * 4096 + 12_345;
-        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
-        file.write_all_at(&[content[at] ^ 0x10], at as u64).unwrap();
+        memory.write_all_at(&[content[at] ^ 0x10], start + at as u64).unwrap();
         return;
     }
-    panic!("the block is in no memory file");
+    panic!("the block is in no memory of the server");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use cairn_client::{CacheClient, ClientOptions};
+use cairn_client::{CacheClient, ClientOptions, WireKind};
 use cairn_proto::{MissReason, Outcome};
 use cairn_tests::*;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -55,6 +55,8 @@ impl Proxy {
     fn client(&self) -> CacheClient {
         let mut options = ClientOptions::new(format!("http://{}", self.address));
         options.fetch_timeout = Duration::from_millis(700);
+        // The others do not go through here.
+        options.wire = Some(WireKind::Grpc);
         CacheClient::start(options).unwrap()
     }
 }

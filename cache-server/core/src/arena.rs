@@ -34,9 +34,12 @@ struct Chunk {
     class: Option<ClassId>,
     occupants: Vec<Occupant>,
     free: Vec<u32>,
+    /// Clients of this tenant can read the chunk's memory: nobody else may use it.
+    exported: Option<usize>,
 }
 
 struct Class {
+    tenant: usize,
     slots_per_chunk: u32,
     chunks: BTreeSet<u32>,
     /// Chunks with a free slot.
@@ -49,6 +52,8 @@ pub(crate) struct Arena {
     free_chunks: BTreeSet<u32>,
     classes: Vec<Class>,
     used_slots: usize,
+    /// Chunks that need other memory before anything is written to them.
+    stale: Vec<u32>,
 }
 
 impl Arena {
@@ -59,23 +64,26 @@ impl Arena {
             free_chunks: (0..chunks).collect(),
             classes: Vec::new(),
             used_slots: 0,
+            stale: Vec::new(),
         }
     }
 
     /// `slot_bytes` must be at most a chunk.
-    pub(crate) fn add_class(&mut self, slot_bytes: u64) -> ClassId {
+    pub(crate) fn add_class(&mut self, tenant: usize, slot_bytes: u64) -> ClassId {
         let slots_per_chunk = u32::try_from(self.chunk_bytes / slot_bytes).unwrap_or(u32::MAX);
-        self.classes.push(Class { slots_per_chunk, chunks: BTreeSet::new(), open: BTreeSet::new() });
+        self.classes.push(Class { tenant, slots_per_chunk, chunks: BTreeSet::new(), open: BTreeSet::new() });
         ClassId(self.classes.len() as u32 - 1)
     }
 
     /// A slot, marked as reserved, from the class's own chunks or from the pool.
     pub(crate) fn take(&mut self, class_id: ClassId) -> Option<SlotId> {
+        let tenant = self.classes[class_id.0 as usize].tenant;
+        let fresh = self.classes[class_id.0 as usize].open.is_empty().then(|| self.free_chunk(tenant));
         let class = &mut self.classes[class_id.0 as usize];
         let chunk_id = match class.open.first() {
             Some(chunk) => *chunk,
             None => {
-                let chunk_id = self.free_chunks.pop_first()?;
+                let chunk_id = fresh.flatten()?;
                 let chunk = &mut self.chunks[chunk_id as usize];
                 chunk.class = Some(class_id);
                 chunk.occupants = vec![Occupant::Free; class.slots_per_chunk as usize];
@@ -95,6 +103,31 @@ impl Arena {
         Some(SlotId { chunk: chunk_id, index })
     }
 
+    /// A chunk out of the pool, best one whose memory this tenant may use as it is.
+    fn free_chunk(&mut self, tenant: usize) -> Option<u32> {
+        let usable =
+            |chunk: &&u32| self.chunks[**chunk as usize].exported.is_none_or(|owner| owner == tenant);
+        let chunk = *self.free_chunks.iter().find(usable).or(self.free_chunks.first())?;
+        self.free_chunks.remove(&chunk);
+        let exported = &mut self.chunks[chunk as usize].exported;
+        if exported.is_some_and(|owner| owner != tenant) {
+            *exported = None;
+            self.stale.push(chunk);
+        }
+        Some(chunk)
+    }
+
+    /// From now on clients of the chunk's tenant can read it at any time.
+    pub(crate) fn export(&mut self, chunk: u32) {
+        let chunk = &mut self.chunks[chunk as usize];
+        chunk.exported = chunk.class.map(|class| self.classes[class.0 as usize].tenant);
+    }
+
+    /// Chunks that changed hands since the last call and need other memory.
+    pub(crate) fn take_stale(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.stale)
+    }
+
     /// A reserved slot now holds a block.
     pub(crate) fn occupy(&mut self, slot: SlotId, id: EntryId) {
         self.chunks[slot.chunk as usize].occupants[slot.index as usize] = Occupant::Block(id);
@@ -109,7 +142,7 @@ impl Arena {
         self.used_slots -= 1;
         let class = &mut self.classes[class_id.0 as usize];
         if chunk.free.len() == chunk.occupants.len() {
-            *chunk = Chunk::default();
+            *chunk = Chunk { exported: chunk.exported, ..Chunk::default() };
             class.chunks.remove(&slot.chunk);
             class.open.remove(&slot.chunk);
             self.free_chunks.insert(slot.chunk);

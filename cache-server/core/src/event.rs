@@ -89,6 +89,16 @@ pub enum Event<'a> {
     },
     /// The server finished a read.
     EndRead(LeaseId),
+    /// A client wants to map the memory of a chunk that holds a block of its lease. From now on the chunk is readable by clients
+    /// of its tenant, and needs other memory before another tenant gets it (see [`Effects::stale`]).
+    Export {
+        /// Who.
+        session: SessionId,
+        /// A lease on a block in it.
+        lease: LeaseId,
+        /// Which.
+        chunk: u32,
+    },
     /// A client wants room for the blocks of a chain.
     Reserve {
         /// Who.
@@ -248,6 +258,9 @@ pub struct Effects {
     pub removed: Vec<Removed>,
     /// Devices that went out of service.
     pub lost: Vec<DeviceId>,
+    /// Chunks whose memory clients of another tenant can still read: they need other memory before anything is
+    /// written to them.
+    pub stale: Vec<u32>,
 }
 
 /// A block that left the index.

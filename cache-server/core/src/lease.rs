@@ -3,7 +3,7 @@
 use crate::index::{EntryId, EntryState};
 use crate::state::Core;
 use crate::timers::Timer;
-use crate::{LeaseId, Millis, ReadSlot, Refusal, Reply, SessionId};
+use crate::{LeaseId, Millis, ReadSlot, Refusal, Reply, SessionId, SlotId};
 use cairn_proto::{BlockHash, MissReason, Outcome, SpaceId, Tier};
 
 pub(crate) struct Lease {
@@ -183,6 +183,22 @@ impl Core {
         let slots = run.iter().map(slot).collect();
         lease.reads += 1;
         Ok(Reply::Read { space: self.spaces[lease.space].id, slots })
+    }
+
+    pub(crate) fn export(&mut self, session: SessionId, id: LeaseId, chunk: u32) -> Result<Reply, Refusal> {
+        let lease = visible(&mut self.leases, session, id)?;
+        let inside = |id: &EntryId| self.index[*id].slot().is_some_and(|slot| slot.chunk == chunk);
+        if !lease.run.iter().any(inside) {
+            return Err(Refusal::UnknownLease);
+        }
+        self.arena.export(chunk);
+        Ok(Reply::Done)
+    }
+
+    /// Where the blocks of a lease are in host memory, in run order.
+    pub fn slots(&self, session: SessionId, lease: LeaseId) -> Vec<Option<SlotId>> {
+        let lease = self.leases.get(&lease).filter(|lease| lease.session == session);
+        lease.map_or_else(Vec::new, |lease| lease.run.iter().map(|id| self.index[*id].slot()).collect())
     }
 
     pub(crate) fn end_read(&mut self, now: Millis, id: LeaseId) {

@@ -79,7 +79,7 @@ impl Spaces {
         &mut self,
         key: &KeySpace,
         slot_bytes: u64,
-        new_class: impl FnOnce() -> (ClassId, Box<dyn Policy>),
+        new_class: impl FnOnce(usize) -> (ClassId, Box<dyn Policy>),
     ) -> Result<(), Refusal> {
         let names = (key.id(), &*key.parts().tenant);
         let space = self.enter(names, (key.block_bytes(), slot_bytes), new_class)?;
@@ -92,7 +92,7 @@ impl Spaces {
         &mut self,
         (id, tenant): (SpaceId, &str),
         (block_bytes, slot_bytes): (u64, u64),
-        new_class: impl FnOnce() -> (ClassId, Box<dyn Policy>),
+        new_class: impl FnOnce(usize) -> (ClassId, Box<dyn Policy>),
     ) -> Result<u32, Refusal> {
         if let Some(space) = self.by_id.get(&id) {
             return Ok(*space);
@@ -105,7 +105,7 @@ impl Spaces {
         let class = match self.classes.iter().position(same) {
             Some(position) => ClassId(position as u32),
             None => {
-                let (id, policy) = new_class();
+                let (id, policy) = new_class(tenant);
                 let used = Millis(0);
                 self.classes.push(Class {
                     tenant,

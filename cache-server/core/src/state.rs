@@ -96,6 +96,7 @@ impl Core {
                 self.end_read(now, lease);
                 Ok(Reply::Done)
             }
+            Event::Export { session, lease, chunk } => self.export(session, lease, chunk),
             Event::Reserve { session, space, parent, hashes, ttl_ms } => {
                 self.reserve(now, (session, space), parent, (hashes, ttl_ms), &mut effects)
             }
@@ -111,7 +112,7 @@ impl Core {
             Event::Quarantine { space, hash } => self.quarantine(now, space, hash, &mut effects),
             Event::Flush(space) => self.flush(now, space, &mut effects),
             Event::Load { lease, position } => self.load(now, lease, position, &mut effects),
-            Event::EndLoad { load, ended } => {
+            Event::EndLoad { load, ended } | Event::EndScrub { load, ended } => {
                 self.end_load(now, load, ended, &mut effects);
                 Ok(Reply::Done)
             }
@@ -136,14 +137,11 @@ impl Core {
                 Ok(Reply::Done)
             }
             Event::BeginScrub { device, after } => Ok(Reply::Scrub(self.begin_scrub(device, after))),
-            Event::EndScrub { load, ended } => {
-                self.end_load(now, load, ended, &mut effects);
-                Ok(Reply::Done)
-            }
             Event::Explain { space, hashes } => self.explain(now, space, hashes),
             Event::Tick => Ok(Reply::Done),
         };
         effects.reply = reply.unwrap_or_else(Reply::Refused);
+        effects.stale = self.arena.take_stale();
         effects
     }
 
@@ -187,6 +185,12 @@ impl Core {
         self.disks.pending_forgets()
     }
 
+    /// Whose a space is.
+    pub fn tenant(&self, id: &SpaceId) -> Option<&str> {
+        let space = &self.spaces[self.spaces.find(id).ok()?];
+        Some(&self.spaces.tenants[self.spaces.classes[space.class.0 as usize].tenant].name)
+    }
+
     /// The bytes of a block of a space, and of the slots that hold them.
     pub fn block_bytes(&self, id: &SpaceId) -> Option<(u64, u64)> {
         let space = &self.spaces[self.spaces.find(id).ok()?];
@@ -207,7 +211,8 @@ impl Core {
             return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
         }
         let Self { spaces, arena, config, .. } = self;
-        spaces.open(key, slot_bytes, || (arena.add_class(slot_bytes), config.policy.build(0)))?;
+        spaces
+            .open(key, slot_bytes, |tenant| (arena.add_class(tenant, slot_bytes), config.policy.build(0)))?;
         let space = self.spaces.find(&key.id())?;
         self.spaces.class_of(space).used = now;
         Ok(Reply::Done)
@@ -221,7 +226,7 @@ impl Core {
         }
         let Self { spaces, arena, config, .. } = self;
         let names = (record.space, &*record.tenant);
-        let new_class = || (arena.add_class(slot_bytes), config.policy.build(0));
+        let new_class = |tenant| (arena.add_class(tenant, slot_bytes), config.policy.build(0));
         spaces.enter(names, (record.block_bytes, slot_bytes), new_class)
     }
 

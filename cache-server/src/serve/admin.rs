@@ -1,10 +1,12 @@
 //! The `Admin` service.
 
 use super::{Context, refused, unexpected};
+use crate::auth::Right;
 use crate::devices::Attached;
 use crate::engine::Engine;
 use cairn_core::{DeviceCondition, Event, Reply};
 use cairn_proto::{MissReason, SpaceId, Tier, pb};
+use cairn_transfer::WireKind;
 use std::path::Path;
 use std::time::Duration;
 use tonic::{Request, Response, Status};
@@ -17,7 +19,8 @@ pub(crate) struct AdminService(pub(crate) Context);
 
 #[tonic::async_trait]
 impl pb::admin_server::Admin for AdminService {
-    async fn stats(&self, _: Request<pb::StatsRequest>) -> Result<Response<pb::StatsResponse>, Status> {
+    async fn stats(&self, request: Request<pb::StatsRequest>) -> Result<Response<pb::StatsResponse>, Status> {
+        self.0.identify(&request, Right::Admin)?;
         Ok(Response::new(stats(&self.0)))
     }
 
@@ -25,6 +28,7 @@ impl pb::admin_server::Admin for AdminService {
         &self,
         request: Request<pb::AttachDeviceRequest>,
     ) -> Result<Response<pb::AttachDeviceResponse>, Status> {
+        self.0.identify(&request, Right::Admin)?;
         let path = Path::new(&request.get_ref().path);
         let engine = &self.0.engine;
         engine
@@ -38,6 +42,7 @@ impl pb::admin_server::Admin for AdminService {
         &self,
         request: Request<pb::DetachDeviceRequest>,
     ) -> Result<Response<pb::DetachDeviceResponse>, Status> {
+        self.0.identify(&request, Right::Admin)?;
         let path = Path::new(&request.get_ref().path);
         let detached = self.0.engine.devices().detach(&self.0.engine, path);
         detached.map_err(|error| Status::failed_precondition(error.to_string()))?;
@@ -45,6 +50,7 @@ impl pb::admin_server::Admin for AdminService {
     }
 
     async fn flush(&self, request: Request<pb::FlushRequest>) -> Result<Response<pb::FlushResponse>, Status> {
+        self.0.identify(&request, Right::Admin)?;
         let space = SpaceId::try_from(request.get_ref().space_id.as_ref())?;
         let reply = self.0.engine.apply(Event::Flush(space)).map_err(refused)?;
         let Reply::Flushed(removed_blocks) = reply else {
@@ -123,6 +129,13 @@ fn stats(context: &Context) -> pb::StatsResponse {
         (core.counters().clone(), core.usage(), core.spaces(), core.policy().name())
     };
     let (counters, usage, spaces, policy) = context.engine.inspect(read);
+    let wire = |(kind, [fetches, fetched_bytes, published_bytes]): (WireKind, [u64; 3])| pb::WireStats {
+        wire: kind.name().into(),
+        fetches,
+        fetched_bytes,
+        published_bytes,
+    };
+    let wires: Vec<_> = context.metrics.wires().map(wire).collect();
     let host = pb::TierStats {
         tier: pb::Tier::Host.into(),
         capacity_bytes: context.engine.capacity_bytes(),
@@ -157,8 +170,9 @@ fn stats(context: &Context) -> pb::StatsResponse {
         duplicate_blocks: counters.duplicate_blocks,
         checksum_mismatches: context.metrics.checksum_mismatches.get(),
         quarantined_blocks: counters.quarantined_blocks,
-        fetched_bytes: context.metrics.fetched_bytes.get(),
-        published_bytes: context.metrics.published_bytes.get(),
+        fetched_bytes: wires.iter().map(|wire| wire.fetched_bytes).sum(),
+        published_bytes: wires.iter().map(|wire| wire.published_bytes).sum(),
+        wires,
         spaces: spaces.into_iter().map(space).collect(),
         busy_blocks: counters.busy_blocks,
         devices,

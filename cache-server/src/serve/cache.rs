@@ -1,8 +1,10 @@
 //! The `Cache` service.
 
 use super::{Context, fetch, publish, refused, session, unexpected};
+use crate::auth::Right;
 use cairn_core::{BlockState, Event, Grant, LeaseId, Reply, ReservationId, SessionId};
-use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, limits, pb, runs, wire};
+use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, runs, wire};
+use cairn_transfer::WireKind;
 use futures::Stream;
 use std::pin::Pin;
 use std::time::Instant;
@@ -18,15 +20,20 @@ impl pb::cache_server::Cache for CacheService {
     type FetchStream = fetch::FetchStream;
 
     async fn session(&self, request: Request<pb::SessionRequest>) -> Answer<Self::SessionStream> {
-        Ok(Response::new(Box::pin(session::open(&self.0, request.get_ref())?)))
+        let identity = self.0.auth.identify(request.metadata())?;
+        Ok(Response::new(Box::pin(session::open(&self.0, identity, request.get_ref())?)))
     }
 
     async fn open_space(&self, request: Request<pb::OpenSpaceRequest>) -> Answer<pb::OpenSpaceResponse> {
+        let identity = self.0.auth.identify(request.metadata())?;
         let request = request.into_inner();
+        let session = self.0.sessions.authorize_any(request.session_id, &identity)?;
         let space = request.space.as_ref().ok_or_else(|| Status::invalid_argument("space is missing"))?;
         let space = KeySpace::try_from(space)?;
+        identity.require_tenant(&space)?;
         let event = Event::OpenSpace { session: SessionId(request.session_id), space: &space };
         self.0.engine.apply(event).map_err(refused)?;
+        session.declare(space.id());
         Ok(Response::new(pb::OpenSpaceResponse {
             space_id: space.id().0.to_vec().into(),
             block_bytes: space.block_bytes(),
@@ -34,43 +41,28 @@ impl pb::cache_server::Cache for CacheService {
     }
 
     async fn lookup(&self, request: Request<pb::LookupRequest>) -> Answer<pb::LookupResponse> {
-        let started = Instant::now();
-        self.0.accepting()?;
-        let request = request.into_inner();
-        let hashes = BlockHash::parse_list(&request.block_hashes)?;
-        let ttl_ms = wire::clamp_ttl_ms(request.lease_ttl_ms);
-        let event = Event::Lookup {
-            session: SessionId(request.session_id),
-            space: SpaceId::try_from(request.space_id.as_ref())?,
-            hashes: &hashes,
-            ttl_ms,
-        };
-        let reply = self.0.engine.apply(event).map_err(refused)?;
-        let Reply::Found { lease, outcomes, checksums } = reply else {
-            return Err(unexpected());
-        };
-        self.0.metrics.observe("lookup", started);
-        Ok(Response::new(pb::LookupResponse {
-            lease_id: lease.map_or(0, |lease| lease.0),
-            lease_ttl_ms: ttl_ms,
-            outcomes: wire::outcome_runs(&outcomes),
-            checksums: checksums.iter().flat_map(|sum| sum.0).collect::<Vec<u8>>().into(),
-        }))
+        let id = request.get_ref().session_id;
+        let session = self.0.authorize(&request, id, Right::Read)?;
+        self.0.find(&session, SessionId(id), request.get_ref()).map(Response::new)
     }
 
     async fn fetch(&self, request: Request<pb::FetchRequest>) -> Answer<Self::FetchStream> {
+        self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         fetch::stream(&self.0, request.get_ref()).map(Response::new)
     }
 
     async fn reserve(&self, request: Request<pb::ReserveRequest>) -> Answer<pb::ReserveResponse> {
         let started = Instant::now();
         self.0.accepting()?;
+        let session = self.0.authorize(&request, request.get_ref().session_id, Right::Publish)?;
         let request = request.into_inner();
         let hashes = BlockHash::parse_list(&request.block_hashes)?;
         let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
+        let space = SpaceId::try_from(request.space_id.as_ref())?;
+        session.require_space(&space)?;
         let event = Event::Reserve {
             session: SessionId(request.session_id),
-            space: SpaceId::try_from(request.space_id.as_ref())?,
+            space,
             parent: wire::parse_parent(&request.parent_hash)?,
             hashes: &hashes,
             ttl_ms,
@@ -96,12 +88,14 @@ impl pb::cache_server::Cache for CacheService {
 
     async fn publish(&self, request: Request<Streaming<pb::PublishChunk>>) -> Answer<pb::PublishResponse> {
         let started = Instant::now();
-        let response = publish::receive(&self.0, request.into_inner()).await?;
+        let identity = self.0.identify(&request, Right::Publish)?;
+        let response = publish::receive(&self.0, &identity, request.into_inner()).await?;
         self.0.metrics.observe("publish", started);
         Ok(Response::new(response))
     }
 
     async fn abort(&self, request: Request<pb::AbortRequest>) -> Answer<pb::AbortResponse> {
+        self.0.authorize(&request, request.get_ref().session_id, Right::Publish)?;
         let pb::AbortRequest { session_id, reservation_id } = request.into_inner();
         let reservation = ReservationId(reservation_id);
         let event = Event::Abort { session: SessionId(session_id), reservation };
@@ -110,6 +104,7 @@ impl pb::cache_server::Cache for CacheService {
     }
 
     async fn renew_lease(&self, request: Request<pb::RenewLeaseRequest>) -> Answer<pb::RenewLeaseResponse> {
+        self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         let request = request.into_inner();
         let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
         let (session, lease) = (SessionId(request.session_id), LeaseId(request.lease_id));
@@ -121,17 +116,10 @@ impl pb::cache_server::Cache for CacheService {
         &self,
         request: Request<pb::ReleaseLeaseRequest>,
     ) -> Answer<pb::ReleaseLeaseResponse> {
+        self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         let request = request.into_inner();
-        let session = SessionId(request.session_id);
-        if request.lease_ids.len() > limits::MAX_BLOCKS_PER_REQUEST {
-            return Err(Status::invalid_argument(format!(
-                "at most {} leases",
-                limits::MAX_BLOCKS_PER_REQUEST
-            )));
-        }
-        for lease in request.lease_ids {
-            self.0.engine.apply(Event::Release { session, lease: LeaseId(lease) }).map_err(refused)?;
-        }
+        self.0.metrics.sent(WireKind::Shm, request.copied_bytes);
+        self.0.release(SessionId(request.session_id), &request.lease_ids)?;
         Ok(Response::new(pb::ReleaseLeaseResponse {}))
     }
 
@@ -139,6 +127,7 @@ impl pb::cache_server::Cache for CacheService {
         &self,
         request: Request<pb::ReportCorruptRequest>,
     ) -> Answer<pb::ReportCorruptResponse> {
+        self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         let request = request.into_inner();
         let names = (SessionId(request.session_id), LeaseId(request.lease_id));
         let read = self.0.engine.read(names, request.block as usize, 1).map_err(refused)?;
@@ -157,8 +146,14 @@ impl pb::cache_server::Cache for CacheService {
     }
 
     async fn explain(&self, request: Request<pb::ExplainRequest>) -> Answer<pb::ExplainResponse> {
+        let identity = self.0.identify(&request, Right::Read)?;
         let request = request.into_inner();
         let space = SpaceId::try_from(request.space_id.as_ref())?;
+        let own =
+            self.0.engine.inspect(|core| core.tenant(&space).is_some_and(|name| identity.is_tenant(name)));
+        if !own {
+            return Err(refused(cairn_core::Refusal::UnknownSpace));
+        }
         let hashes = BlockHash::parse_list(&request.block_hashes)?;
         let reply = self.0.engine.apply(Event::Explain { space, hashes: &hashes }).map_err(refused)?;
         let Reply::Explained(states) = reply else { return Err(unexpected()) };

@@ -3,11 +3,13 @@
 //! at a time: the tail of a run is read while its head is sent.
 
 use super::{Context, refused};
-use crate::engine::{Engine, Read, ReadBlock};
+use crate::engine::{Engine, Read, ReadBlock, brought};
+use crate::tiers::SlotBytes;
 use bytes::Bytes;
 use cairn_core::{LeaseId, SessionId};
 use cairn_proto::{MissReason, limits, pb};
-use cairn_transfer::pack;
+use cairn_transfer::store::Brought;
+use cairn_transfer::{WireKind, pack};
 use futures::{Stream, StreamExt, stream};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,16 +27,26 @@ const AHEAD_BLOCKS: u64 = 32;
 
 type Chunks = Pin<Box<dyn Stream<Item = pb::FetchChunk> + Send>>;
 
-pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<FetchStream, Status> {
-    let (first, count) = (request.first as usize, request.count as usize);
+/// Leased blocks, held in place.
+pub(crate) fn begin(
+    context: &Context,
+    names: (SessionId, LeaseId),
+    first: usize,
+    count: usize,
+) -> Result<Read, Status> {
     if count > limits::MAX_BLOCKS_PER_REQUEST {
         return Err(Status::invalid_argument(format!("at most {} blocks", limits::MAX_BLOCKS_PER_REQUEST)));
     }
+    context.engine.read(names, first, count).map_err(refused)
+}
+
+pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<FetchStream, Status> {
     let names = (SessionId(request.session_id), LeaseId(request.lease_id));
-    let read = context.engine.read(names, first, count).map_err(refused)?;
+    let read = begin(context, names, request.first as usize, request.count as usize)?;
+    context.metrics.fetch_started(WireKind::Grpc);
     let state = Arc::new(Mutex::new(State { chunks: Some(chunks(&context.engine, read)), waker: None }));
     let revoke = {
-        let (state, timeout) = (state.clone(), context.fetch_timeout);
+        let (state, timeout) = (state.clone(), context.limits.fetch_timeout);
         tokio::spawn(async move {
             tokio::time::sleep(timeout).await;
             let (old, waker) = {
@@ -56,33 +68,45 @@ pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<Fe
 
 /// The messages of a fetch. Each block keeps the read alive until it is sent or dropped.
 fn chunks(engine: &Arc<Engine>, read: Read) -> Chunks {
-    let source = read.source();
-    let first = read.first;
-    let blocks = read.blocks.into_iter().enumerate().map(move |(i, block)| ((first + i) as u32, block.bytes));
-    let blocks: Vec<_> = blocks.collect();
-    if blocks.iter().all(|(_, bytes)| bytes.is_some()) {
-        let blocks = blocks.into_iter().filter_map(|(i, bytes)| Some((i, Bytes::from_owner(bytes?))));
+    if read.blocks.iter().all(|block| block.bytes.is_some()) {
+        let blocks = (read.first as u32..).zip(read.blocks);
+        let blocks = blocks.filter_map(|(i, block)| Some((i, Bytes::from_owner(block.bytes?))));
+        let blocks: Vec<_> = blocks.collect();
         return Box::pin(stream::iter(
-            pack(blocks).map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }),
+            pack(blocks.into_iter()).map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }),
         ));
     }
-    let ahead = (AHEAD_BYTES / source.block_bytes().max(1)).clamp(1, AHEAD_BLOCKS) as usize;
-    let engine = engine.clone();
-    let bring = move |(position, bytes): (u32, Option<_>)| {
-        let (engine, source) = (engine.clone(), source.clone());
-        async move {
-            let brought = match bytes {
-                Some(bytes) => Ok(Bytes::from_owner(bytes)),
-                None => engine.bring(&source, position as usize).await,
-            };
-            stream::iter(messages(position, brought))
-        }
+    let messages = |(block, brought): (u32, Result<Brought, MissReason>)| {
+        stream::iter(messages(block, brought.map(|brought| brought.bytes)))
     };
-    Box::pin(stream::iter(blocks).map(bring).buffered(ahead).flatten())
+    Box::pin(blocks(engine, read).flat_map(messages))
 }
 
-fn messages(block: u32, brought: Result<Bytes, MissReason>) -> Vec<pb::FetchChunk> {
-    match brought {
+/// The blocks of a read in order, those on devices brought ahead.
+pub(crate) fn blocks(
+    engine: &Arc<Engine>,
+    read: Read,
+) -> impl Stream<Item = (u32, Result<Brought, MissReason>)> + Send + use<> {
+    let source = read.source();
+    let ahead = (AHEAD_BYTES / source.block_bytes().max(1)).clamp(1, AHEAD_BLOCKS) as usize;
+    let engine = engine.clone();
+    let positions = read.first as u32..;
+    let blocks = positions.zip(read.blocks.into_iter().map(|block| block.bytes));
+    let bring = move |(position, bytes): (u32, Option<SlotBytes>)| {
+        let (engine, source) = (engine.clone(), source.clone());
+        async move {
+            let block = match bytes {
+                Some(bytes) => Ok(brought(bytes)),
+                None => engine.bring(&source, position as usize).await,
+            };
+            (position, block)
+        }
+    };
+    stream::iter(blocks).map(bring).buffered(ahead)
+}
+
+fn messages(block: u32, bytes: Result<Bytes, MissReason>) -> Vec<pb::FetchChunk> {
+    match bytes {
         Ok(bytes) => {
             let pieces = pack(std::iter::once((block, bytes)));
             pieces.map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }).collect()
@@ -99,7 +123,7 @@ pub(crate) async fn block_bytes(engine: &Arc<Engine>, read: Read) -> Result<Byte
     let (source, first) = (read.source(), read.first);
     match read.blocks.into_iter().next() {
         Some(ReadBlock { bytes: Some(bytes), .. }) => Ok(Bytes::from_owner(bytes)),
-        _ => engine.bring(&source, first).await,
+        _ => engine.bring(&source, first).await.map(|brought| brought.bytes),
     }
 }
 
@@ -135,7 +159,7 @@ impl Stream for FetchStream {
         };
         if let Some(Ok(chunk)) = &item {
             let bytes: usize = chunk.pieces.iter().map(|piece| piece.data.len()).sum();
-            self.context.metrics.fetched_bytes.inc_by(bytes as u64);
+            self.context.metrics.sent(WireKind::Grpc, bytes as u64);
         }
         Poll::Ready(item)
     }

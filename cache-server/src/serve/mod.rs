@@ -2,21 +2,27 @@
 
 mod admin;
 mod cache;
-mod fetch;
+pub(crate) mod fetch;
 mod publish;
 mod session;
 
 pub(crate) use admin::AdminService;
 pub(crate) use cache::CacheService;
 
+use crate::auth::{Auth, Identity, Right};
 use crate::engine::Engine;
 use crate::metrics::Metrics;
-use cairn_core::Refusal;
+use crate::sessions::{Session, Sessions};
+use cairn_core::{Event, LeaseId, Refusal, Reply, SessionId};
+use cairn_proto::{BlockHash, SpaceId, limits, pb, wire};
+use cairn_transfer::WireKind;
+use cairn_transfer::store::Limits;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::Status;
+use tonic::{Request, Status};
 
 /// What every handler shares.
 #[derive(Clone)]
@@ -27,8 +33,13 @@ pub(crate) struct Context {
     /// Transfers in progress; shutdown waits for them.
     pub(crate) transfers: TaskTracker,
     pub(crate) max_sessions: usize,
-    pub(crate) fetch_timeout: Duration,
-    pub(crate) publish_idle: Duration,
+    pub(crate) limits: Limits,
+    pub(crate) auth: Arc<Auth>,
+    pub(crate) sessions: Arc<Sessions>,
+    /// MiB that clients may still have for staging.
+    pub(crate) staging: Arc<Semaphore>,
+    /// Data paths besides the API.
+    pub(crate) wires: Arc<[pb::WireOffer]>,
 }
 
 impl Context {
@@ -36,6 +47,64 @@ impl Context {
     pub(crate) fn accepting(&self) -> Result<(), Status> {
         if self.draining.is_cancelled() {
             return Err(Status::unavailable("the server is shutting down"));
+        }
+        Ok(())
+    }
+
+    /// Who asks, for what does not belong to a session.
+    pub(crate) fn identify<T>(&self, request: &Request<T>, right: Right) -> Result<Identity, Status> {
+        let identity = self.auth.identify(request.metadata())?;
+        identity.require(right)?;
+        Ok(identity)
+    }
+
+    /// The session of a request, if it is the client's own and may do that.
+    pub(crate) fn authorize<T>(
+        &self,
+        request: &Request<T>,
+        session: u64,
+        right: Right,
+    ) -> Result<Arc<Session>, Status> {
+        self.sessions.authorize(session, &self.auth.identify(request.metadata())?, right)
+    }
+
+    /// Answers a lookup of an authorized session.
+    pub(crate) fn find(
+        &self,
+        session: &Session,
+        id: SessionId,
+        request: &pb::LookupRequest,
+    ) -> Result<pb::LookupResponse, Status> {
+        let started = Instant::now();
+        self.accepting()?;
+        let space = SpaceId::try_from(request.space_id.as_ref())?;
+        let hashes = BlockHash::parse_list(&request.block_hashes)?;
+        session.require_space(&space)?;
+        self.metrics.sent(WireKind::Shm, request.copied_bytes);
+        self.release(id, &request.release_lease_ids)?;
+        let ttl_ms = wire::clamp_ttl_ms(request.lease_ttl_ms);
+        let event = Event::Lookup { session: id, space, hashes: &hashes, ttl_ms };
+        let reply = self.engine.apply(event).map_err(refused)?;
+        let Reply::Found { lease, outcomes, checksums } = reply else {
+            return Err(unexpected());
+        };
+        self.metrics.observe("lookup", started);
+        Ok(pb::LookupResponse {
+            lease_id: lease.map_or(0, |lease| lease.0),
+            lease_ttl_ms: ttl_ms,
+            outcomes: wire::outcome_runs(&outcomes),
+            checksums: checksums.iter().flat_map(|sum| sum.0).collect::<Vec<u8>>().into(),
+            locations: Vec::new(),
+        })
+    }
+
+    pub(crate) fn release(&self, session: SessionId, leases: &[u64]) -> Result<(), Status> {
+        if leases.len() > limits::MAX_BLOCKS_PER_REQUEST {
+            let max = limits::MAX_BLOCKS_PER_REQUEST;
+            return Err(Status::invalid_argument(format!("at most {max} leases")));
+        }
+        for lease in leases {
+            self.engine.apply(Event::Release { session, lease: LeaseId(*lease) }).map_err(refused)?;
         }
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! The life of a session: its stream. When the stream ends, for whatever reason, the session ends.
 
 use super::{Context, refused, unexpected};
+use crate::auth::Identity;
 use crate::engine::Engine;
+use crate::sessions::Sessions;
 use cairn_core::{Event, Reply, SessionId};
 use cairn_proto::{limits, pb};
 use futures::{Stream, StreamExt, stream};
@@ -10,11 +12,13 @@ use tonic::Status;
 
 struct SessionGuard {
     engine: Arc<Engine>,
+    sessions: Arc<Sessions>,
     id: SessionId,
 }
 
 impl Drop for SessionGuard {
     fn drop(&mut self) {
+        self.sessions.end(self.id);
         // Refused only when the session is unknown, and then there is nothing to end.
         let _ = self.engine.apply(Event::EndSession(self.id));
         tracing::debug!(session = self.id.0, "session ended");
@@ -23,6 +27,7 @@ impl Drop for SessionGuard {
 
 pub(crate) fn open(
     context: &Context,
+    identity: Identity,
     request: &pb::SessionRequest,
 ) -> Result<impl Stream<Item = Result<pb::SessionEvent, Status>> + Send + use<>, Status> {
     context.accepting()?;
@@ -43,14 +48,16 @@ pub(crate) fn open(
         return Err(unexpected());
     };
     tracing::debug!(session = id.0, client = request.client_name, "session opened");
-    let guard = SessionGuard { engine: context.engine.clone(), id };
+    let guard = SessionGuard { engine: context.engine.clone(), sessions: context.sessions.clone(), id };
+    let key = context.sessions.open(id, identity)?;
     let opened = pb::session_event::Event::Opened(pb::SessionOpened {
         session_id: id.0,
         server_epoch: context.engine.epoch(),
         max_blocks_per_request: limits::MAX_BLOCKS_PER_REQUEST as u32,
         max_block_bytes: limits::MAX_BLOCK_BYTES,
         max_lease_ttl_ms: limits::MAX_TTL_MS,
-        wires: Vec::new(),
+        wires: context.wires.to_vec(),
+        session_key: key.to_vec().into(),
     });
     let (draining, transfers) = (context.draining.clone(), context.transfers.clone());
     let drained = async move {

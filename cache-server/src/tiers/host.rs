@@ -3,12 +3,14 @@
 //! business, and the guards of `engine` carry the core's promise to here.
 
 use cairn_core::SlotId;
-use cairn_transfer::Target;
+use cairn_transfer::store::Location;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use std::fs::File;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use thiserror::Error;
 
 /// Memory that cannot be had.
@@ -34,9 +36,14 @@ pub enum ArenaError {
     },
 }
 
+/// The number of a chunk, as clients see it, has its generation above this many bits.
+const CHUNK_BITS: u32 = 24;
+
 struct Chunk {
     map: MmapRaw,
-    _file: File,
+    file: Mutex<File>,
+    /// Grows, from 1, with every replacement of its memory.
+    generation: AtomicU64,
 }
 
 /// Something whose life is the core's promise about a slot: that a read keeps its bytes, or that nobody else uses it.
@@ -85,6 +92,60 @@ impl HostArena {
         self.chunks.len() as u32
     }
 
+    /// Where clients that map chunks find a slot.
+    pub(crate) fn location(&self, slot: SlotId) -> Location {
+        Location::new(self.number(slot.chunk), slot.index)
+    }
+
+    fn number(&self, chunk: u32) -> u64 {
+        self.generation(chunk) << CHUNK_BITS | u64::from(chunk)
+    }
+
+    /// How often a chunk got other memory, plus one.
+    pub(crate) fn generation(&self, chunk: u32) -> u64 {
+        self.chunks[chunk as usize].generation.load(Ordering::Acquire)
+    }
+
+    /// Which chunk a client means, if it is the current memory of one.
+    pub(crate) fn find(&self, number: u64) -> Option<u32> {
+        let chunk = (number & ((1 << CHUNK_BITS) - 1)) as u32;
+        ((chunk as usize) < self.chunks.len() && self.number(chunk) == number).then_some(chunk)
+    }
+
+    /// The memory of a chunk, and its size; `None` when it got other memory since. Nobody who gets it can write to it: it is
+    /// sealed.
+    pub(crate) fn export(&self, number: u64) -> std::io::Result<Option<(OwnedFd, u64)>> {
+        let Some(chunk) = self.find(number) else { return Ok(None) };
+        let file = self.chunks[chunk as usize].file.lock().unwrap_or_else(PoisonError::into_inner);
+        // Replaced only under the same lock.
+        if self.number(chunk) != number {
+            return Ok(None);
+        }
+        Ok(Some((file.try_clone()?.into(), self.chunk_bytes)))
+    }
+
+    /// Gives a chunk that holds nothing other memory, at the same address. Clients that mapped the old one keep it, and
+    /// see nothing of what comes.
+    ///
+    /// # Errors
+    /// When there is no memory; then the chunk must not be used.
+    pub(crate) fn replace(&self, chunk: u32) -> std::io::Result<()> {
+        let chunk = &self.chunks[chunk as usize];
+        let (pointer, len) = (chunk.map.as_mut_ptr(), chunk.map.len());
+        let file = memory(self.chunk_bytes)?;
+        let mut current = chunk.file.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the range is a whole mapping of this arena and is mapped again in one step. The core says that no slot of the chunk is
+        // in use, so no pointer into it is being followed.
+        unsafe {
+            let flags = MapFlags::SHARED | MapFlags::FIXED;
+            mmap(pointer.cast(), len, ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0)?;
+        }
+        fcntl_add_seals(&file, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
+        *current = file;
+        chunk.generation.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
     /// Memory of one chunk, for registering it with the kernel.
     pub(crate) fn chunk_range(&self, chunk: u32) -> (*mut u8, usize) {
         (self.chunks[chunk as usize].map.as_mut_ptr(), self.chunk_bytes as usize)
@@ -100,7 +161,7 @@ impl HostArena {
     pub(crate) fn writer(self: &Arc<Self>, slot: SlotId, len: u64, guard: Guard) -> SlotWriter {
         self.range(slot, len);
         let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
-        // SAFETY: the whole slot is inside the mapping (`range`), and belongs to this writer alone (see `SlotWriter::write`). What is behind
+        // SAFETY: the whole slot is inside the mapping (`range`), and belongs to this writer alone (see `SlotWriter::as_mut`). What is behind
         // the block may be written to a device with it, and must not be another tenant's.
         unsafe { self.pointer(slot, len).add(len as usize).write_bytes(0, (slot_bytes - len) as usize) };
         SlotWriter { arena: self.clone(), slot, len, _guard: guard }
@@ -123,16 +184,23 @@ impl HostArena {
 
 impl Chunk {
     fn new(bytes: u64) -> std::io::Result<Self> {
-        let file = memfd_create(c"cairn-host-chunk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&file, bytes)?;
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let file = File::from(file);
+        let file = memory(bytes)?;
         let len = usize::try_from(bytes).map_err(std::io::Error::other)?;
         let map = MmapOptions::new().len(len).map_raw(&file)?;
+        fcntl_add_seals(&file, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
         // Huge pages are a matter of speed only; most systems forbid them for shared memory.
         let _ = map.advise(Advice::HugePage);
-        Ok(Self { map, _file: file })
+        Ok(Self { map, file: Mutex::new(file), generation: AtomicU64::new(1) })
     }
+}
+
+/// Once this is mapped for writing, it is sealed against any further writer: clients get descriptors of it, and with one they could
+/// otherwise open it again with all rights.
+fn memory(bytes: u64) -> std::io::Result<File> {
+    let file = memfd_create(c"cairn-host-chunk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, bytes)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+    Ok(File::from(file))
 }
 
 /// The bytes of one committed block, unchanging for as long as this value lives.
@@ -155,6 +223,11 @@ impl SlotBytes {
 
     pub(crate) fn chunk(&self) -> u32 {
         self.slot.chunk
+    }
+
+    /// Where clients find it.
+    pub(crate) fn location(&self) -> Location {
+        self.arena.location(self.slot)
     }
 }
 
@@ -190,21 +263,12 @@ impl SlotWriter {
     }
 }
 
-impl Target for SlotWriter {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn write(&mut self, offset: u64, bytes: &[u8]) {
-        let end = offset.checked_add(bytes.len() as u64);
-        assert!(end.is_some_and(|end| end <= self.len), "a write past the end of its slot");
-        let pointer = self.arena.pointer(self.slot, self.len);
-        // SAFETY: the range is inside the slot (asserted) and so inside the mapping. Nobody else reads or writes it: the
-        // core hands a reserved slot to one fill at a time, the engine makes one writer for each slot of a
-        // fill, a commit consumes it, and the slot is not reused before the guard is dropped.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), pointer.add(offset as usize), bytes.len());
-        }
+impl AsMut<[u8]> for SlotWriter {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the range is inside the slot and so inside the mapping. No other thread reads or writes it: the core hands a
+        // reserved slot to one fill at a time, the engine makes one writer for each slot of a fill, a commit consumes it, and the
+        // slot is not reused before the guard is dropped. Clients of the tenant that mapped the chunk can look at it; they cannot write.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.len as usize) }
     }
 }
 

@@ -3,31 +3,6 @@
 use cairn_proto::{BlockHash, Checksum, SpaceId, StreamingChecksum};
 use thiserror::Error;
 
-/// Where the bytes of one block go.
-pub trait Target {
-    /// Size of the block.
-    fn len(&self) -> u64;
-
-    /// Whether the block has no bytes.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Stores bytes. `offset + bytes.len()` is at most [`Self::len`].
-    fn write(&mut self, offset: u64, bytes: &[u8]);
-}
-
-impl Target for [u8] {
-    fn len(&self) -> u64 {
-        <[u8]>::len(self) as u64
-    }
-
-    fn write(&mut self, offset: u64, bytes: &[u8]) {
-        let start = offset as usize;
-        self[start..start + bytes.len()].copy_from_slice(bytes);
-    }
-}
-
 /// A piece that cannot belong to its block.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PieceError {
@@ -65,23 +40,42 @@ impl Incoming {
     ///
     /// # Errors
     /// When the piece is not the next one, or too long; nothing is stored then.
-    pub fn accept<T: Target + ?Sized>(
-        &mut self,
+    pub fn accept(&mut self, offset: u64, data: &[u8], target: &mut [u8]) -> Result<(), PieceError> {
+        self.room(offset, data.len(), target)?.copy_from_slice(data);
+        self.add(data);
+        Ok(())
+    }
+
+    /// Where in the target the next piece goes: for a caller that reads it there and then calls [`Self::add`].
+    ///
+    /// # Errors
+    /// When the piece is not the next one, or too long.
+    pub fn room<'a>(
+        &self,
         offset: u64,
-        data: &[u8],
-        target: &mut T,
-    ) -> Result<(), PieceError> {
+        len: usize,
+        target: &'a mut [u8],
+    ) -> Result<&'a mut [u8], PieceError> {
         if offset != self.received {
             return Err(PieceError::OutOfOrder { offset, expected: self.received });
         }
-        let end = offset + data.len() as u64;
-        if end > target.len() {
-            return Err(PieceError::TooLong { end, len: target.len() });
+        let end = offset.saturating_add(len as u64);
+        let whole = target.len() as u64;
+        if end > whole {
+            return Err(PieceError::TooLong { end, len: whole });
         }
-        target.write(offset, data);
+        Ok(&mut target[offset as usize..end as usize])
+    }
+
+    /// Adds the next bytes of the block to the checksum.
+    pub fn add(&mut self, data: &[u8]) {
         self.checksum.update(data);
-        self.received = end;
-        Ok(())
+        self.received += data.len() as u64;
+    }
+
+    /// Bytes so far.
+    pub fn received(&self) -> u64 {
+        self.received
     }
 
     /// The checksum, once all `len` bytes arrived.

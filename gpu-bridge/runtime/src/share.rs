@@ -162,7 +162,7 @@ impl Share {
         let mut targets: Vec<&mut [u8]> = staging.as_mut().chunks_exact_mut(block_bytes).collect();
         let mut arrived = 0;
         for (i, targets) in targets.chunks_mut(FETCH_BLOCKS).enumerate() {
-            let outcomes = self.client.fetch(run, first + i * FETCH_BLOCKS, targets).await;
+            let outcomes = self.client.fetch(run, first + i * FETCH_BLOCKS, targets).await.outcomes;
             let hits = outcomes.iter().take_while(|outcome| outcome.is_hit()).count();
             arrived += hits;
             if hits < outcomes.len() {

@@ -9,7 +9,6 @@ use super::{Depth, Survey, survey};
 use crate::tiers::host::HostArena;
 use cairn_core::{DeviceId, DiskPlace, PAGE_BYTES, Record, SlotId, record_pages, summary_pages};
 use cairn_proto::{BlockHash, Checksum, SpaceId};
-use cairn_transfer::Target;
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
@@ -61,7 +60,7 @@ impl Store {
 
     fn fill(&self, slot: u32) -> Checksum {
         let bytes: Vec<u8> = (0..self.block_bytes).map(|i| (i * 31 % 251) as u8 ^ slot as u8).collect();
-        self.arena.writer(place_of(slot), self.block_bytes, Arc::new(())).write(0, &bytes);
+        self.arena.writer(place_of(slot), self.block_bytes, Arc::new(())).as_mut().copy_from_slice(&bytes);
         Checksum::of(&space(), &name(slot), &bytes)
     }
 

@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use slab::Slab;
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -122,6 +123,8 @@ struct Ring {
     going: Slab<Job>,
     /// Chunks registered; `None` when the kernel refuses to.
     registered: Option<u64>,
+    /// Chunks whose memory is another one since.
+    replaced: HashSet<u32>,
     /// Where the kernel puts the counter of the wake-up descriptor.
     woken: Box<[u8; 8]>,
     listening: bool,
@@ -142,6 +145,7 @@ impl Ring {
             arena,
             going: Slab::new(),
             registered: sparse.is_ok().then_some(0),
+            replaced: HashSet::new(),
             woken: Box::new([0; 8]),
             listening: false,
             ending: false,
@@ -166,6 +170,23 @@ impl Ring {
             }
             self.reap();
         }
+    }
+
+    /// Whether a registered chunk still has the memory that was registered. The memory of one that does not is let go; its
+    /// new memory is used without being registered.
+    fn is_current(&mut self, chunk: u32) -> bool {
+        if self.arena.generation(chunk) == 1 {
+            return true;
+        }
+        if self.replaced.insert(chunk) {
+            let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+            // SAFETY: an empty range takes the place of the old memory, which the kernel keeps until requests on it end.
+            let result = unsafe { self.ring.submitter().register_buffers_update(chunk, &[nothing], None) };
+            if let Err(error) = result {
+                tracing::info!(%error, chunk, "memory that was replaced stays registered with io_uring");
+            }
+        }
+        false
     }
 
     /// Registers chunks that are in memory since the last time.
@@ -239,6 +260,7 @@ impl Ring {
         };
         let registered = self.registered.unwrap_or(0);
         let fixed = request.memory.chunk().filter(|chunk| u64::from(*chunk) < registered);
+        let fixed = fixed.filter(|chunk| self.is_current(*chunk));
         let fixed = fixed.and_then(|chunk| u16::try_from(chunk).ok());
         let entry = match (request.operation, fixed) {
             (Operation::Read, None) => opcode::Read::new(fd, pointer, len).offset(request.offset).build(),

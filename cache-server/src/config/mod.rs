@@ -1,5 +1,9 @@
 //! The settings of a server: one typed tree, read here and nowhere else. `deploy/cairn.toml` shows all of it.
 
+mod network;
+
+pub use network::{TlsConfig, TokenConfig, WiresConfig};
+
 use crate::tiers::nvme::{DeviceOptions, KEY_BYTES};
 use cairn_core::{CoreConfig, PolicyKind, TenantQuota};
 use serde::Deserialize;
@@ -23,8 +27,14 @@ pub struct Config {
     pub host: HostConfig,
     /// The NVMe tier. Without a device there is none.
     pub nvme: NvmeConfig,
+    /// TLS for every network path.
+    pub tls: TlsConfig,
+    /// Data paths besides gRPC.
+    pub wires: WiresConfig,
     /// Bounds on what clients may hold.
     pub limits: LimitsConfig,
+    /// Who may do what. Empty: everybody everything, on loopback only.
+    pub token: Vec<TokenConfig>,
     /// Tenants and their shares. Empty: any tenant may come, without quota.
     pub tenant: Vec<TenantConfig>,
 }
@@ -40,6 +50,9 @@ pub struct ServerConfig {
     /// Listen beyond loopback without TLS and authentication. Anybody who reaches the port can then read and fill the
     /// cache.
     pub allow_insecure_network: bool,
+    /// Let metrics and health listen beyond loopback. They are plain HTTP and tell how busy the server is; nothing of what it
+    /// holds.
+    pub allow_insecure_http: bool,
     /// Longest wait for transfers in progress at shutdown.
     pub shutdown_grace_ms: u64,
 }
@@ -104,6 +117,8 @@ pub struct DeviceEntry {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
+    /// Connections to the gRPC port at a time.
+    pub max_connections: usize,
     /// Clients at a time.
     pub max_sessions: usize,
     /// Leases of one client at a time.
@@ -139,6 +154,7 @@ impl Default for ServerConfig {
             listen: ([127, 0, 0, 1], 7077).into(),
             http_listen: ([127, 0, 0, 1], 7078).into(),
             allow_insecure_network: false,
+            allow_insecure_http: false,
             shutdown_grace_ms: 10_000,
         }
     }
@@ -177,6 +193,7 @@ impl Default for NvmeConfig {
 impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
+            max_connections: 4096,
             max_sessions: 1024,
             max_leases_per_session: 256,
             max_reservations_per_session: 256,
@@ -232,6 +249,7 @@ impl Config {
     /// When a value cannot work.
     pub fn core(&self, hash_seed: [u64; 2]) -> Result<CoreConfig, ConfigError> {
         self.check_listen()?;
+        self.wires.check()?;
         let HostConfig { capacity_mib, chunk_mib, .. } = self.host;
         if chunk_mib == 0 || capacity_mib < chunk_mib {
             let text = format!(
@@ -319,14 +337,23 @@ impl Config {
     }
 
     fn check_listen(&self) -> Result<(), ConfigError> {
-        let ServerConfig { listen, http_listen, allow_insecure_network, .. } = self.server;
-        for (name, address) in [("server.listen", listen), ("server.http_listen", http_listen)] {
-            if !address.ip().is_loopback() && !allow_insecure_network {
+        let ServerConfig { listen, http_listen, allow_insecure_network, allow_insecure_http, .. } =
+            self.server;
+        let secure = self.tls.cert_file.is_some() && !self.token.is_empty();
+        for (name, address) in [("server.listen", listen), ("wires.data_listen", self.wires.data_listen)] {
+            if !address.ip().is_loopback() && !secure && !allow_insecure_network {
                 return Err(ConfigError::Value(format!(
                     "{name} is {address}: listening beyond loopback without TLS and authentication lets anybody on the \
-                     network read and fill the cache. Use a loopback address, or set server.allow_insecure_network"
+                     network read and fill the cache. Set tls.cert_file and tls.key_file (`cairn certs` makes some) and a \
+                     [[token]] (`cairn token` makes one), use a loopback address, or set server.allow_insecure_network"
                 )));
             }
+        }
+        if !http_listen.ip().is_loopback() && !allow_insecure_network && !allow_insecure_http {
+            return Err(ConfigError::Value(format!(
+                "server.http_listen is {http_listen}: metrics and health are plain HTTP. Use a loopback address, or set \
+                 server.allow_insecure_http"
+            )));
         }
         Ok(())
     }

@@ -1,0 +1,140 @@
+//! The cache server as the wires see it: one [`Store`] for all of them.
+
+use crate::auth::Right;
+use crate::engine::FillBlock;
+use crate::serve::{Context, fetch, refused, unexpected};
+use cairn_core::{CommitOutcome, Event, LeaseId, ReservationId, SessionId};
+use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
+use cairn_transfer::WireKind;
+use cairn_transfer::store::{Filling, Hold, Limits, Reading, SessionKey, Slot, Store};
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tonic::Status;
+
+impl Store for Context {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn connect(&self, session: u64) -> Result<(SessionKey, Hold), Status> {
+        self.accepting()?;
+        self.sessions.find(session)?.connect()
+    }
+
+    fn ended(&self, session: u64) -> BoxFuture<'static, ()> {
+        match self.sessions.find(session) {
+            Ok(session) => session.ended().cancelled_owned().boxed(),
+            Err(_) => std::future::ready(()).boxed(),
+        }
+    }
+
+    fn lookup(
+        &self,
+        session: u64,
+        request: &pb::LookupRequest,
+        locate: bool,
+    ) -> Result<pb::LookupResponse, Status> {
+        let found = self.sessions.find(session)?;
+        found.identity.require(Right::Read)?;
+        let mut response = self.find(&found, SessionId(session), request)?;
+        if locate && response.lease_id != 0 {
+            let lease = LeaseId(response.lease_id);
+            let slots = self.engine.inspect(|core| core.slots(SessionId(session), lease));
+            let arena = self.engine.arena();
+            let place = |slot: Option<_>| slot.map_or(0, |slot| arena.location(slot).0);
+            response.locations = slots.into_iter().map(place).collect();
+        }
+        Ok(response)
+    }
+
+    fn read(
+        &self,
+        wire: WireKind,
+        session: u64,
+        lease: u64,
+        (first, count): (usize, usize),
+    ) -> Result<Reading, Status> {
+        self.sessions.find(session)?.identity.require(Right::Read)?;
+        let read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
+        self.metrics.fetch_started(wire);
+        let (hold, token) = (read.hold(), self.transfers.token());
+        let blocks = fetch::blocks(&self.engine, read).inspect(move |_| {
+            // A transfer is in progress as long as its stream lives.
+            let _ = &token;
+        });
+        Ok(Reading { blocks: blocks.boxed(), hold })
+    }
+
+    fn fill(&self, wire: WireKind, session: u64, reservation: u64) -> Result<Filling, Status> {
+        self.sessions.find(session)?.identity.require(Right::Publish)?;
+        let fill = self.engine.fill(SessionId(session), ReservationId(reservation)).map_err(refused)?;
+        let hold: Hold = Arc::new((fill.hold, self.transfers.token()));
+        let slot = |block: FillBlock| {
+            let position = block.block as u32;
+            let slot = ReservedSlot { context: self.clone(), block, wire };
+            (position, Box::new(slot) as Box<dyn Slot>)
+        };
+        Ok(Filling { space: fill.space, slots: fill.blocks.into_iter().map(slot).collect(), hold })
+    }
+
+    fn export(&self, session: u64, lease: u64, chunk: u64) -> Result<(OwnedFd, u64), Status> {
+        let gone = || refused(cairn_core::Refusal::UnknownLease);
+        let index = self.engine.arena().find(chunk).ok_or_else(gone)?;
+        let event = Event::Export { session: SessionId(session), lease: LeaseId(lease), chunk: index };
+        self.engine.apply(event).map_err(refused)?;
+        let exported = self.engine.arena().export(chunk);
+        exported.map_err(|error| Status::resource_exhausted(error.to_string()))?.ok_or_else(gone)
+    }
+
+    fn staging(&self, bytes: u64) -> Result<Hold, Status> {
+        let mib = bytes.div_ceil(1 << 20) as u32;
+        let room = self.staging.clone().try_acquire_many_owned(mib);
+        let room = room.map_err(|_| {
+            Status::resource_exhausted("no more staging memory for clients; raise wires.staging_total_mib")
+        })?;
+        Ok(Arc::new(room))
+    }
+
+    fn sent(&self, wire: WireKind, bytes: u64) {
+        self.metrics.sent(wire, bytes);
+    }
+
+    fn mismatch(&self, space: &SpaceId, hash: &BlockHash) {
+        self.metrics.checksum_mismatches.inc();
+        tracing::warn!(?space, ?hash, "published bytes do not match their checksum");
+    }
+}
+
+struct ReservedSlot {
+    context: Context,
+    block: FillBlock,
+    wire: WireKind,
+}
+
+impl Slot for ReservedSlot {
+    fn hash(&self) -> BlockHash {
+        self.block.hash
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        self.block.writer.as_mut()
+    }
+
+    fn commit(self: Box<Self>, checksum: Checksum) -> Result<pb::Commit, Status> {
+        let Self { context, mut block, wire } = *self;
+        let bytes = block.writer.as_mut().len() as u64;
+        match block.commit(checksum) {
+            CommitOutcome::Committed => {
+                context.metrics.received(wire, bytes);
+                Ok(pb::Commit::Committed)
+            }
+            CommitOutcome::Duplicate => Ok(pb::Commit::Duplicate),
+            // Nothing of this reservation can be committed any more; its room is wanted.
+            CommitOutcome::Expired => Err(Status::deadline_exceeded("the reservation ran out")),
+            CommitOutcome::ParentMissing => Ok(pb::Commit::ParentMissing),
+            CommitOutcome::NotReserved => Err(unexpected()),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Which data paths a server offers, and the tasks that serve them.
+
+use crate::config::{Config, ConfigError};
+use crate::serve::Context;
+use crate::server::ServerError;
+use cairn_proto::pb;
+use cairn_transfer::{QuicServer, ShmServer, Store, tls};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Listeners that are bound, and what clients are told of them.
+pub(crate) struct Wires {
+    shm_path: Option<PathBuf>,
+    tls: Option<TcpListener>,
+    quic: Option<SocketAddr>,
+    tls_config: Option<Arc<rustls::ServerConfig>>,
+    pub(crate) offers: Vec<pb::WireOffer>,
+}
+
+impl Wires {
+    /// Finds free places for everything that is configured. `epoch` tells servers of one user apart.
+    ///
+    /// # Errors
+    /// When an address is taken.
+    pub(crate) async fn bind(
+        config: &Config,
+        epoch: u64,
+        tls_config: Option<Arc<rustls::ServerConfig>>,
+    ) -> Result<Self, ServerError> {
+        let mut offers = Vec::new();
+        let offer = |wire: &str, address: String| pb::WireOffer { wire: wire.into(), address };
+        let shm_path = config.wires.shm.then(|| config.wires.shm_path(epoch));
+        if let Some(path) = &shm_path {
+            offers.push(offer("shm", path.display().to_string()));
+        }
+        let mut wires = Self { shm_path, tls: None, quic: None, tls_config, offers };
+        if wires.tls_config.is_none() {
+            return Ok(wires);
+        }
+        let mut address = config.wires.data_listen;
+        if config.wires.tls {
+            let listener = crate::server::bind("data-listen", address).await?;
+            // QUIC takes the same number.
+            address = listener.local_addr().unwrap_or(address);
+            wires.offers.push(offer("tls", format!(":{}", address.port())));
+            wires.tls = Some(listener);
+        }
+        wires.quic = config.wires.quic.then_some(address);
+        Ok(wires)
+    }
+
+    /// Starts to serve.
+    ///
+    /// # Errors
+    /// When the socket or the UDP port cannot be had.
+    pub(crate) fn start(
+        &mut self,
+        config: &Config,
+        context: &Context,
+        (stop, tasks): (&CancellationToken, &TaskTracker),
+    ) -> Result<Vec<pb::WireOffer>, ServerError> {
+        let store: Arc<dyn Store> = Arc::new(context.clone());
+        if let Some(path) = &self.shm_path {
+            let server = ShmServer::bind(path, config.wires.shm_users.clone(), store.clone());
+            tasks.spawn(server?.run(stop.clone()));
+        }
+        let Some(tls_config) = &self.tls_config else { return Ok(std::mem::take(&mut self.offers)) };
+        if let Some(listener) = self.tls.take() {
+            let mut config = rustls::ServerConfig::clone(tls_config);
+            config.alpn_protocols = vec![cairn_transfer::ALPN.to_vec()];
+            tasks.spawn(tls::serve(store.clone(), listener, Arc::new(config), stop.clone()));
+        }
+        if let Some(address) = self.quic {
+            let options =
+                config.wires.quic().map_err(|error: ConfigError| ServerError::Engine(error.into()))?;
+            let listen = |source| ServerError::Listen { what: "data-listen", address, source };
+            let server = QuicServer::bind(address, tls_config, &options, store).map_err(listen)?;
+            let port = server.address().map_err(listen)?.port();
+            self.offers.push(pb::WireOffer { wire: "quic".into(), address: format!(":{port}") });
+            tasks.spawn(server.run(stop.clone()));
+        }
+        Ok(std::mem::take(&mut self.offers))
+    }
+}

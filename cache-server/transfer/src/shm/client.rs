@@ -1,0 +1,454 @@
+//! The client's end of shared memory. Owns the mappings: each chunk once, for as long as its generation is current.
+
+use super::MAX_OFFERS;
+use super::fds::FdStream;
+use super::map::Map;
+use crate::Arrivals;
+use crate::frame::{Frame, Link, decode, kind};
+use crate::handshake;
+use crate::pool::Pool;
+use crate::store::{Location, SessionKey};
+use crate::stream::lost;
+use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
+use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, limits, pb};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::net::UnixStream;
+use tonic::Status;
+
+/// Bytes copied before other tasks of this thread get a turn.
+const COPY_TURN_BYTES: u64 = 4 << 20;
+
+/// Shared memory with one server, for one session.
+pub struct ShmWire(Arc<Inner>);
+
+struct Inner {
+    path: PathBuf,
+    session: u64,
+    key: SessionKey,
+    pool: Pool<Connection>,
+    chunks: Mutex<HashMap<u64, (u64, Arc<Map>)>>,
+    last_pin: AtomicU64,
+    runtime: tokio::runtime::Handle,
+}
+
+struct Connection {
+    link: Link<FdStream>,
+    staging: Option<(Map, u64)>,
+}
+
+impl ShmWire {
+    /// Connects to the socket of a server on this host.
+    ///
+    /// # Errors
+    /// When there is no such socket here, or whoever listens on it does not know the session.
+    pub async fn connect(path: &Path, session: u64, key: SessionKey) -> Result<Self, Status> {
+        let inner = Inner {
+            path: path.to_owned(),
+            session,
+            key,
+            pool: Pool::new(),
+            chunks: Mutex::default(),
+            last_pin: AtomicU64::new(0),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let first = inner.connect().await?;
+        inner.pool.give_back(first);
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// Leased blocks as they lie in the server's memory, kept as they are until the result is dropped. A block that is
+    /// nowhere in memory is brought as a copy.
+    ///
+    /// # Errors
+    /// When the lease ended or the connection broke.
+    pub async fn pin(&self, job: &FetchJob, block_bytes: u64) -> Result<Pinned, Status> {
+        let pin = self.0.last_pin.fetch_add(1, Ordering::Relaxed) + 1;
+        let request = pb::PinRequest {
+            pin,
+            lease_id: job.lease,
+            first: job.blocks.start as u32,
+            count: job.blocks.len() as u32,
+        };
+        // From here on the server may hold the pin, so it must be given up whatever happens.
+        let mut pinned = Pinned { wire: self.0.clone(), pin, block_bytes, blocks: BTreeMap::new() };
+        let mut taken = self.0.pool.take().await?;
+        let mut connection = self.0.connected(taken.connection()).await?;
+        connection.link.send(kind::PIN, &request).await?;
+        let mut answer = Located { block_bytes, ..Located::default() };
+        answer.receive(&mut connection.link, None).await?;
+        self.0.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
+        for (block, place) in answer.places {
+            let found = self.0.place(place, block_bytes);
+            let (map, offset) = found.ok_or_else(|| Status::internal("a block outside its chunk"))?;
+            pinned.blocks.insert(block as usize, View::Mapped(map, offset));
+        }
+        let copies = answer.copies.into_iter().map(|(block, bytes)| (block as usize, View::Copied(bytes)));
+        pinned.blocks.extend(copies);
+        let lost = answer.lost.into_iter().map(|(block, reason)| (block as usize, View::Lost(reason)));
+        pinned.blocks.extend(lost);
+        self.0.pool.give_back(connection);
+        Ok(pinned)
+    }
+}
+
+/// What a server says about blocks that were asked for.
+#[derive(Default)]
+struct Located {
+    block_bytes: u64,
+    places: Vec<(u32, Location)>,
+    copies: BTreeMap<u32, Vec<u8>>,
+    lost: Vec<(u32, MissReason)>,
+}
+
+impl Located {
+    /// Until the end of the answer. Bytes of blocks without a place go to `arrivals`, or are kept.
+    async fn receive(
+        &mut self,
+        link: &mut Link<FdStream>,
+        mut arrivals: Option<&mut Arrivals<'_>>,
+    ) -> Result<(), Status> {
+        loop {
+            match (link.answer().await?, &mut arrivals) {
+                (Frame::Message(kind::LOCATED, body), _) => {
+                    let located: pb::LocatedBlocks = decode(body)?;
+                    let places = located.locations.into_iter().map(Location);
+                    self.places.extend(located.blocks.into_iter().zip(places));
+                }
+                (Frame::Message(kind::LOST, body), Some(arrivals)) => lost(arrivals, body)?,
+                (Frame::Message(kind::LOST, body), None) => {
+                    let loss: pb::BlockLoss = decode(body)?;
+                    self.lost.push((loss.block, MissReason::try_from(loss.reason())?));
+                }
+                (Frame::Message(kind::END, _), _) => return Ok(()),
+                (Frame::Piece { block, offset, len }, Some(arrivals)) => {
+                    link.fill(arrivals.room(block, offset, len)?).await?;
+                    arrivals.added(block, len)?;
+                }
+                (Frame::Piece { block, offset, len }, None) => {
+                    let copy = self.copies.entry(block).or_insert_with(|| vec![0; self.block_bytes as usize]);
+                    let end = (offset as usize).saturating_add(len);
+                    let target = copy.get_mut(offset as usize..end);
+                    link.fill(target.ok_or_else(|| Status::internal("bytes outside a block"))?).await?;
+                }
+                (other, _) => return Err(other.unexpected()),
+            }
+        }
+    }
+}
+
+impl Inner {
+    async fn connect(&self) -> Result<Connection, Status> {
+        let path = self.path.display();
+        let socket = UnixStream::connect(&self.path).await;
+        let socket = socket.map_err(|error| Status::unavailable(format!("cannot reach {path}: {error}")))?;
+        let mut link = Link::new(FdStream::new(socket));
+        handshake::open(&mut link, self.session, &self.key).await?;
+        Ok(Connection { link, staging: None })
+    }
+
+    async fn connected(&self, idle: Option<Connection>) -> Result<Connection, Status> {
+        match idle {
+            Some(connection) => Ok(connection),
+            None => self.connect().await,
+        }
+    }
+
+    /// Where a block is in this process, if its chunk is mapped.
+    fn place(&self, location: Location, block_bytes: u64) -> Option<(Arc<Map>, u64)> {
+        let chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (current, map) = chunks.get(&number(location))?;
+        if *current != location.chunk() {
+            return None;
+        }
+        let offset = location.index() * block_bytes.next_multiple_of(limits::SLOT_ALIGN_BYTES);
+        map.at(offset, block_bytes)?;
+        Some((map.clone(), offset))
+    }
+
+    /// Maps the chunks of these places that are not mapped yet.
+    async fn map(
+        &self,
+        connection: &mut Connection,
+        lease: u64,
+        places: impl Iterator<Item = Location>,
+    ) -> Result<(), Status> {
+        let mut missing: Vec<u64> = {
+            let chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+            let current = |place: &Location| {
+                chunks.get(&number(*place)).is_some_and(|(chunk, _)| *chunk == place.chunk())
+            };
+            places.filter(|place| !current(place)).map(Location::chunk).collect()
+        };
+        missing.sort_unstable();
+        missing.dedup();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let request = pb::MapRequest { lease_id: lease, chunks: missing.clone() };
+        connection.link.send(kind::MAP, &request).await?;
+        for wanted in missing {
+            let mapped: pb::MappedChunk = connection.link.answer().await?.expect(kind::MAPPED)?;
+            let fd = connection.link.io().take();
+            let fd = fd.filter(|_| mapped.chunk == wanted);
+            let fd = fd.ok_or_else(|| Status::internal("a chunk without its descriptor"))?;
+            let map =
+                Map::read_only(fd, mapped.bytes).map_err(|error| Status::internal(error.to_string()))?;
+            let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+            chunks.insert(number(Location::new(wanted, 0)), (wanted, Arc::new(map)));
+        }
+        Ok(())
+    }
+
+    async fn fetch(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
+        let known = |block: &usize| job.locations.get(*block).is_some_and(|place| *place != 0);
+        let places: Vec<(u32, Location)> = job
+            .blocks
+            .clone()
+            .filter(known)
+            .map(|block| (block as u32, Location(job.locations[block])))
+            .collect();
+        let block_bytes = arrivals.promise().block_bytes;
+        if places.len() == job.blocks.len()
+            && places.iter().all(|(_, place)| self.place(*place, block_bytes).is_some())
+        {
+            return self.copy(&places, arrivals).await;
+        }
+        let mut taken = self.pool.take().await?;
+        let mut connection = self.connected(taken.connection()).await?;
+        self.map(&mut connection, job.lease, places.iter().map(|(_, place)| *place)).await?;
+        self.copy(&places, arrivals).await?;
+        while let Some(rest) = arrivals.undecided() {
+            let request = FetchJob { blocks: rest.clone(), ..job.clone() }.request();
+            connection.link.send(kind::FETCH, &request).await?;
+            let mut answer = Located::default();
+            answer.receive(&mut connection.link, Some(arrivals)).await?;
+            self.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
+            self.copy(&answer.places, arrivals).await?;
+            if arrivals.undecided() == Some(rest) {
+                return Err(Status::internal("the server says nothing about blocks that were asked for"));
+            }
+        }
+        self.pool.give_back(connection);
+        Ok(())
+    }
+
+    async fn copy(&self, places: &[(u32, Location)], arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
+        let block_bytes = arrivals.promise().block_bytes;
+        let mut turn = 0;
+        for (block, place) in places {
+            let place = self.place(*place, block_bytes);
+            let (map, offset) = place.ok_or_else(|| Status::internal("a block outside its chunk"))?;
+            let source = map.at(offset, block_bytes);
+            let source = source.ok_or_else(|| Status::internal("a block outside its chunk"))?;
+            // SAFETY: the bytes of the block are inside the mapping, which lives until the end of the loop's body, and targets are
+            // the caller's own memory.
+            unsafe { arrivals.copy(*block, source)? };
+            turn += block_bytes;
+            if turn >= COPY_TURN_BYTES {
+                turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, job: &PublishJob) -> Result<Vec<pb::BlockCommit>, Status> {
+        let mut taken = self.pool.take().await?;
+        let Connection { mut link, staging } = self.connected(taken.connection()).await?;
+        let (map, bytes) = match staging {
+            Some(staging) => staging,
+            None => get_staging(&mut link).await?,
+        };
+        let header = pb::PublishHeader { session_id: job.session, reservation_id: job.reservation };
+        link.push(kind::PUBLISH, &header);
+        let mut ring = Ring { link: &mut link, map: &map, bytes, offered: 0, taken: 0 };
+        for offer in &job.blocks {
+            ring.offer(offer).await?;
+        }
+        ring.link.send(kind::END, &()).await?;
+        ring.wait(ring.offered).await?;
+        let response: pb::PublishResponse = link.answer().await?.expect(kind::COMMITS)?;
+        self.pool.give_back(Connection { link, staging: Some((map, bytes)) });
+        Ok(response.commits)
+    }
+
+    /// Without waiting: most often an idle connection takes the few bytes at once.
+    fn unpin(self: &Arc<Self>, pin: u64) {
+        let wire = self.clone();
+        self.runtime.spawn(async move {
+            let work = async {
+                let mut taken = wire.pool.take().await?;
+                let mut connection = wire.connected(taken.connection()).await?;
+                connection.link.send(kind::UNPIN, &pb::UnpinRequest { pin }).await?;
+                wire.pool.give_back(connection);
+                Ok::<_, Status>(())
+            };
+            if let Err(status) = work.await {
+                // The server is gone, or sees that the connection is.
+                tracing::debug!(error = status.message(), "a pin ends with its connection");
+            }
+        });
+    }
+}
+
+/// The number of a chunk without its generation.
+fn number(location: Location) -> u64 {
+    location.chunk() & 0xFF_FFFF
+}
+
+async fn get_staging(link: &mut Link<FdStream>) -> Result<(Map, u64), Status> {
+    link.send(kind::STAGING, &()).await?;
+    let staged: pb::StagedMemory = link.answer().await?.expect(kind::STAGED)?;
+    let fd = link.io().take().ok_or_else(|| Status::internal("staging memory without its descriptor"))?;
+    let map = Map::writable(fd, staged.bytes).map_err(|error| Status::internal(error.to_string()))?;
+    Ok((map, staged.bytes))
+}
+
+/// The staging memory, cut in equal places that are used in turn.
+struct Ring<'a> {
+    link: &'a mut Link<FdStream>,
+    map: &'a Map,
+    bytes: u64,
+    offered: u64,
+    taken: u64,
+}
+
+impl Ring<'_> {
+    async fn offer(&mut self, offer: &Offer) -> Result<(), Status> {
+        let len = offer.bytes.len() as u64;
+        // Two at least: one is filled while the other is copied.
+        let piece = len.min(self.bytes / 2).max(1);
+        let places = (self.bytes / piece).min(MAX_OFFERS as u64);
+        for start in (0..len).step_by(piece as usize) {
+            let end = len.min(start + piece);
+            self.wait((self.offered + 1).saturating_sub(places)).await?;
+            let at = self.offered % places * piece;
+            let data = &offer.bytes[start as usize..end as usize];
+            self.map.write(at, data).map_err(|error| Status::internal(error.to_string()))?;
+            let checksum = if end == len { offer.checksum.0.to_vec() } else { Vec::new() };
+            let message = pb::OfferedPiece {
+                block: offer.position,
+                offset: start,
+                bytes: end - start,
+                at,
+                checksum: checksum.into(),
+            };
+            self.link.send(kind::OFFER, &message).await?;
+            self.offered += 1;
+        }
+        Ok(())
+    }
+
+    /// Until the server copied this many offers.
+    async fn wait(&mut self, taken: u64) -> Result<(), Status> {
+        while self.taken < taken {
+            let answer: pb::TakenPieces = self.link.answer().await?.expect(kind::TAKEN)?;
+            self.taken += u64::from(answer.count);
+        }
+        Ok(())
+    }
+}
+
+impl Wire for ShmWire {
+    fn kind(&self) -> WireKind {
+        WireKind::Shm
+    }
+
+    fn fetch<'a>(
+        &'a self,
+        job: &'a FetchJob,
+        arrivals: &'a mut Arrivals<'_>,
+    ) -> BoxFuture<'a, Result<(), Status>> {
+        self.0.fetch(job, arrivals).boxed()
+    }
+
+    fn publish<'a>(&'a self, job: &'a PublishJob) -> BoxFuture<'a, Result<Vec<pb::BlockCommit>, Status>> {
+        self.0.publish(job).boxed()
+    }
+
+    fn lookup<'a>(
+        &'a self,
+        request: &'a pb::LookupRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
+        let work = async move {
+            let mut taken = self.0.pool.take().await?;
+            let mut connection = self.0.connected(taken.connection()).await?;
+            connection.link.send(kind::LOOKUP, request).await?;
+            let answer = connection.link.answer().await?.expect(kind::FOUND);
+            // A refusal leaves the connection as it was.
+            if connection.link.is_clean() {
+                self.0.pool.give_back(connection);
+            }
+            answer
+        };
+        Some(work.boxed())
+    }
+}
+
+enum View {
+    Mapped(Arc<Map>, u64),
+    Copied(Vec<u8>),
+    Lost(MissReason),
+}
+
+/// Blocks in place. Dropping it lets the server reuse them.
+pub struct Pinned {
+    wire: Arc<Inner>,
+    pin: u64,
+    block_bytes: u64,
+    blocks: BTreeMap<usize, View>,
+}
+
+impl Pinned {
+    /// The bytes of a block that was pinned, not verified; or why it is not there.
+    ///
+    /// # Errors
+    /// Why the server cannot give it.
+    pub fn bytes(&self, block: usize) -> Result<&[u8], MissReason> {
+        match self.blocks.get(&block) {
+            None => Err(MissReason::LeaseLost),
+            Some(View::Lost(reason)) => Err(*reason),
+            Some(View::Copied(bytes)) => Ok(bytes),
+            Some(View::Mapped(map, offset)) => {
+                let Some(start) = map.at(*offset, self.block_bytes) else {
+                    return Err(MissReason::PeerDown);
+                };
+                // SAFETY: the range is inside the mapping, which `self` keeps. The server writes a slot only while nothing reads it,
+                // and counts this pin as a reader until it is given up, which is after the borrow ends.
+                Ok(unsafe { std::slice::from_raw_parts(start, self.block_bytes as usize) })
+            }
+        }
+    }
+
+    /// Whether a block's bytes are the server's own, rather than a copy.
+    pub fn in_place(&self, block: usize) -> bool {
+        matches!(self.blocks.get(&block), Some(View::Mapped(..)))
+    }
+
+    /// Compares a block with what it must be.
+    ///
+    /// # Errors
+    /// Why it is not there, or [`MissReason::Quarantined`] when it is something else.
+    pub fn verify(
+        &self,
+        block: usize,
+        (space, hash): (&SpaceId, &BlockHash),
+        promised: Checksum,
+    ) -> Result<(), MissReason> {
+        match Checksum::of(space, hash, self.bytes(block)?) == promised {
+            true => Ok(()),
+            false => Err(MissReason::Quarantined),
+        }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.wire.unpin(self.pin);
+    }
+}

@@ -1,0 +1,213 @@
+//! Blocks as frames on a byte stream: what TLS over TCP and QUIC's bidirectional streams have in common. One request at a time.
+
+use crate::Arrivals;
+use crate::frame::{Frame, Link, decode, kind};
+use crate::handshake;
+use crate::store::{Receiving, Store};
+use crate::wire::{FetchJob, PublishJob, WireKind};
+use bytes::Bytes;
+use cairn_proto::{MissReason, limits, pb};
+use futures::StreamExt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tonic::Status;
+
+/// The client's side of a fetch whose pieces come on the same stream.
+pub(crate) async fn fetch<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    job: &FetchJob,
+    arrivals: &mut Arrivals<'_>,
+) -> Result<(), Status> {
+    link.send(kind::FETCH, &job.request()).await?;
+    receive(link, arrivals).await
+}
+
+/// Pieces and losses until the end.
+pub(crate) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    arrivals: &mut Arrivals<'_>,
+) -> Result<(), Status> {
+    loop {
+        match link.answer().await? {
+            Frame::Piece { block, offset, len } => {
+                link.fill(arrivals.room(block, offset, len)?).await?;
+                arrivals.added(block, len)?;
+            }
+            Frame::Message(kind::LOST, body) => lost(arrivals, body)?,
+            Frame::Message(kind::END, _) => return Ok(()),
+            other => return Err(other.unexpected()),
+        }
+    }
+}
+
+pub(crate) fn lost(arrivals: &mut Arrivals<'_>, body: Bytes) -> Result<(), Status> {
+    let loss: pb::BlockLoss = decode(body)?;
+    arrivals.lost(loss.block, MissReason::try_from(loss.reason())?)
+}
+
+/// The client's side of a publish.
+pub(crate) async fn publish<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    job: &PublishJob,
+) -> Result<Vec<pb::BlockCommit>, Status> {
+    let sent = send_offers(link, job).await;
+    // The server may have said why before it stopped reading.
+    let answer = match (link.answer().await, sent) {
+        (Ok(answer), _) => answer,
+        (Err(_), Err(status)) | (Err(status), Ok(())) => return Err(status),
+    };
+    let response: pb::PublishResponse = answer.expect(kind::COMMITS)?;
+    Ok(response.commits)
+}
+
+async fn send_offers<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    job: &PublishJob,
+) -> Result<(), Status> {
+    link.push(kind::PUBLISH, &pb::PublishHeader { session_id: job.session, reservation_id: job.reservation });
+    for offer in &job.blocks {
+        send_block(link, offer.position, &offer.bytes).await?;
+        let checksum = offer.checksum.0.to_vec().into();
+        link.push(kind::SEAL, &pb::BlockSeal { block: offer.position, checksum });
+    }
+    link.send(kind::END, &()).await
+}
+
+/// All pieces of one block.
+pub(crate) async fn send_block<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    block: u32,
+    bytes: &Bytes,
+) -> Result<(), Status> {
+    for start in (0..bytes.len()).step_by(limits::CHUNK_BYTES) {
+        let end = bytes.len().min(start + limits::CHUNK_BYTES);
+        link.piece(block, start as u64, bytes.slice(start..end)).await?;
+    }
+    Ok(())
+}
+
+/// Serves one authenticated connection until it or its session ends.
+pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    store: Arc<dyn Store>,
+    io: S,
+    wire: WireKind,
+) -> Result<(), Status> {
+    let mut link = Link::new(io);
+    let (session, _place) = handshake::accept(&mut link, &*store).await?;
+    tokio::select! {
+        () = store.ended(session) => Ok(()),
+        result = requests(&store, &mut link, wire, session) => result,
+    }
+}
+
+async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
+    store: &Arc<dyn Store>,
+    link: &mut Link<S>,
+    wire: WireKind,
+    session: u64,
+) -> Result<(), Status> {
+    while let Some(frame) = link.next().await? {
+        match frame {
+            Frame::Message(kind::FETCH, body) => {
+                let request: pb::FetchRequest = decode(body)?;
+                let timeout = store.limits().fetch_timeout;
+                match within(timeout, send(store, link, wire, session, &request)).await {
+                    Err(status) if is_refusal(&status) => link.fail(&status).await?,
+                    result => result?,
+                }
+            }
+            Frame::Message(kind::PUBLISH, body) => {
+                let request: pb::PublishHeader = decode(body)?;
+                match take(store, link, wire, (session, request.reservation_id)).await {
+                    Ok(response) => link.send(kind::COMMITS, &response).await?,
+                    Err(status) => {
+                        // What is still on its way cannot be told from a request: this connection is over.
+                        link.fail(&status).await?;
+                        return Err(status);
+                    }
+                }
+            }
+            other => {
+                let status = other.unexpected();
+                link.fail(&status).await?;
+                return Err(status);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the connection is fine and only the request is not.
+pub(crate) fn is_refusal(status: &Status) -> bool {
+    !matches!(status.code(), tonic::Code::Unavailable | tonic::Code::DeadlineExceeded)
+}
+
+/// A client that stops reading or writing is cut off.
+pub(crate) async fn within<T>(
+    timeout: Duration,
+    work: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(timeout, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Status::deadline_exceeded("the transfer took too long; its blocks are released")),
+    }
+}
+
+async fn send<S: AsyncRead + AsyncWrite + Unpin>(
+    store: &Arc<dyn Store>,
+    link: &mut Link<S>,
+    wire: WireKind,
+    session: u64,
+    request: &pb::FetchRequest,
+) -> Result<(), Status> {
+    let positions = (request.first as usize, request.count as usize);
+    let mut reading = store.read(wire, session, request.lease_id, positions)?;
+    let mut bytes = 0;
+    while let Some((block, brought)) = reading.blocks.next().await {
+        match brought {
+            Ok(brought) => {
+                send_block(link, block, &brought.bytes).await?;
+                bytes += brought.bytes.len() as u64;
+            }
+            Err(reason) => {
+                let reason = pb::MissReason::from(reason).into();
+                link.push(kind::LOST, &pb::BlockLoss { block, reason });
+            }
+        }
+    }
+    link.send(kind::END, &()).await?;
+    store.sent(wire, bytes);
+    Ok(())
+}
+
+async fn take<S: AsyncRead + AsyncWrite + Unpin>(
+    store: &Arc<dyn Store>,
+    link: &mut Link<S>,
+    wire: WireKind,
+    (session, reservation): (u64, u64),
+) -> Result<pb::PublishResponse, Status> {
+    let mut receiving = Receiving::new(store.clone(), store.fill(wire, session, reservation)?);
+    take_pieces(link, store.limits().idle_timeout, &mut receiving).await?;
+    Ok(receiving.finish())
+}
+
+/// Until the end of a publish.
+pub(crate) async fn take_pieces<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    idle: Duration,
+    receiving: &mut Receiving,
+) -> Result<(), Status> {
+    loop {
+        match within(idle, link.answer()).await? {
+            Frame::Piece { block, offset, len } => {
+                within(idle, link.fill(receiving.room(block, offset, len)?)).await?;
+                receiving.added(block, len)?;
+            }
+            Frame::Message(kind::SEAL, body) => receiving.seal(&decode(body)?)?,
+            Frame::Message(kind::END, _) => return Ok(()),
+            other => return Err(other.unexpected()),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Blocks where the server has them, without a copy: on one host, in shared memory. Elsewhere a view is a copy, so that callers need
+//! not care.
+
+use crate::client::CacheClient;
+use crate::connection::Connection;
+use crate::fetch::{is_wires_fault, report};
+use crate::lease::Lease;
+use crate::lookup::Run;
+use cairn_proto::{BlockHash, Checksum, MissReason, Outcome, SpaceId, Tier};
+use cairn_transfer::shm::Pinned;
+use cairn_transfer::{FetchJob, WireKind};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use tokio::time::Instant;
+
+enum Bytes {
+    Pinned(Pinned),
+    Copied(Vec<Vec<u8>>),
+}
+
+/// Blocks of a run for reading. While it lives they keep their bytes, whatever becomes of the lease.
+pub struct View {
+    first: usize,
+    bytes: Bytes,
+    /// What is known of each block; unset until it is verified.
+    outcomes: Vec<OnceLock<Outcome>>,
+    space: SpaceId,
+    hashes: Vec<BlockHash>,
+    checksums: Vec<Checksum>,
+    tiers: Vec<Tier>,
+    wire: Option<WireKind>,
+    /// Whom to tell of a corrupt block.
+    connection: Option<Connection>,
+    lease: Arc<Lease>,
+}
+
+impl View {
+    /// Blocks of the view.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.outcomes.len()
+    }
+
+    /// How its bytes came.
+    pub fn wire(&self) -> Option<WireKind> {
+        self.wire
+    }
+
+    /// The bytes of the `index`-th block. They are verified when first asked for, which reads them once; after that this costs
+    /// nothing.
+    ///
+    /// # Errors
+    /// The outcome of a block that is no hit.
+    pub fn block(&self, index: usize) -> Result<&[u8], Outcome> {
+        match self.outcomes[index].get_or_init(|| self.verify(index)) {
+            Outcome::Hit(_) => self.bytes(index).map_err(Outcome::Miss),
+            outcome => Err(*outcome),
+        }
+    }
+
+    fn bytes(&self, index: usize) -> Result<&[u8], MissReason> {
+        match &self.bytes {
+            Bytes::Pinned(pinned) => pinned.bytes(self.first + index),
+            Bytes::Copied(copies) => Ok(&copies[index]),
+        }
+    }
+
+    fn verify(&self, index: usize) -> Outcome {
+        match self.bytes(index) {
+            Err(reason) => Outcome::Miss(reason),
+            Ok(bytes) => {
+                let hash = &self.hashes[index];
+                if Checksum::of(&self.space, hash, bytes) == self.checksums[index] {
+                    return Outcome::Hit(self.tiers[index]);
+                }
+                tracing::warn!(?hash, "a block in shared memory is corrupt");
+                if let Some(connection) = &self.connection {
+                    report(connection, self.lease.clone(), (self.first + index) as u32);
+                }
+                Outcome::Corrupt
+            }
+        }
+    }
+}
+
+impl CacheClient {
+    /// Blocks `first..first + count` of the run, in place if the server's memory can be mapped here, else copied.
+    ///
+    /// # Panics
+    /// When the positions are outside the run.
+    pub async fn fetch_view(&self, run: &Run, first: usize, count: usize) -> View {
+        assert!(first + count <= run.len(), "positions outside the run");
+        let deadline = Instant::now() + self.options().fetch_timeout;
+        if let Ok(connection) = self.connection(deadline).await
+            && connection.session == run.lease.session()
+            && let Some(shm) = connection.wires.shm()
+        {
+            let job = FetchJob {
+                session: connection.session,
+                lease: run.lease.id(),
+                blocks: first..first + count,
+                locations: run.locations.clone(),
+                range_bytes: 0,
+            };
+            match tokio::time::timeout_at(deadline, shm.pin(&job, run.space.block_bytes())).await {
+                Ok(Ok(pinned)) => {
+                    connection.wires.worked(WireKind::Shm, count as u64 * run.space.block_bytes());
+                    let outcomes = (0..count).map(|_| OnceLock::new()).collect();
+                    let wire = Some(WireKind::Shm);
+                    return view(run, first, Bytes::Pinned(pinned), outcomes, (wire, Some(connection)));
+                }
+                Ok(Err(status)) if is_wires_fault(&status) => {
+                    connection.wires.failed(WireKind::Shm, &status);
+                }
+                _ => {}
+            }
+        }
+        let mut copies = vec![vec![0; run.space.block_bytes() as usize]; count];
+        let fetched = self.fetch(run, first, &mut copies).await;
+        let outcomes = fetched.outcomes.into_iter().map(OnceLock::from).collect();
+        view(run, first, Bytes::Copied(copies), outcomes, (fetched.wire, None))
+    }
+}
+
+fn view(
+    run: &Run,
+    first: usize,
+    bytes: Bytes,
+    outcomes: Vec<OnceLock<Outcome>>,
+    (wire, connection): (Option<WireKind>, Option<Connection>),
+) -> View {
+    let range = first..first + outcomes.len();
+    View {
+        first,
+        bytes,
+        outcomes,
+        space: run.space.id(),
+        hashes: run.hashes[range.clone()].to_vec(),
+        checksums: run.checksums[range.clone()].to_vec(),
+        tiers: run.tiers[range].to_vec(),
+        wire,
+        connection,
+        lease: run.lease.clone(),
+    }
+}
