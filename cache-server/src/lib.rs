@@ -1,6 +1,7 @@
 //! The cache server: memory, wires and administration around the decisions of `cairn-core`.
 
 mod auth;
+pub mod certs;
 mod config;
 mod data;
 mod devices;

@@ -20,7 +20,7 @@ fn options(folder: &Path, server: Option<&Server>) -> WorkerOptions {
         model_name: Some("tiny".into()),
         weight_type: WeightType::Bf16,
         role: Role::Both,
-        cache: server.map(|server| format!("http://{}", server.address())),
+        cache: server.map(|server| cairn_client::ClientOptions::new(format!("http://{}", server.address()))),
         prefill: None,
         prefill_timeout: Duration::from_secs(20),
         delegate_min_tokens: 64,

@@ -1,8 +1,9 @@
 //! `cairn lookup`, `cairn explain` and `cairn stats`: questions to a server, answered as a table or as JSON.
 
+use crate::connect::ConnectArguments;
 use crate::worker::ModelArguments;
 use crate::{CliError, block_on};
-use cairn_client::{CacheClient, ClientOptions};
+use cairn_client::CacheClient;
 use cairn_proto::{BlockHash, KeySpace, MissReason, Tier, chain, pb, runs};
 use cairn_runtime::{Model, key_space};
 use clap::Args;
@@ -35,6 +36,8 @@ pub(crate) struct ServerOptions {
     /// The cache server.
     #[arg(long, default_value = "http://127.0.0.1:7077", env = "CAIRN_CACHE", value_name = "URL")]
     cache: String,
+    #[command(flatten)]
+    connect: ConnectArguments,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -42,7 +45,7 @@ pub(crate) struct ServerOptions {
 
 impl ServerOptions {
     pub(crate) fn client(&self) -> Result<CacheClient, CliError> {
-        let mut options = ClientOptions::new(&self.cache);
+        let mut options = self.connect.options(&self.cache)?;
         options.name = "cairn cli".into();
         CacheClient::start(options).map_err(CliError::failed)
     }

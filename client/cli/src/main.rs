@@ -2,7 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+mod certs;
 mod completions;
+mod connect;
 mod demo;
 mod disk;
 mod inspect;
@@ -45,6 +47,10 @@ enum Command {
     /// Look after directories of the NVMe tier.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Make a development authority and certificates for TLS.
+    Certs(certs::CertsArguments),
+    /// Make a bearer token.
+    Token(certs::TokenArguments),
     /// Print a completion script for a shell.
     Completions(completions::CompletionOptions),
 }
@@ -64,6 +70,8 @@ fn main() -> ExitCode {
         Command::Explain(options) => inspect::explain(options),
         Command::Stats(options) => inspect::stats(options),
         Command::Disk(command) => disk::run(command),
+        Command::Certs(arguments) => certs::certs(arguments),
+        Command::Token(arguments) => certs::token(arguments),
         Command::Completions(options) => {
             completions::run(&options);
             Ok(())

@@ -1,5 +1,6 @@
 //! `cairn worker`, and the model arguments that other commands share.
 
+use crate::connect::ConnectArguments;
 use crate::signals::Supervision;
 use crate::{CliError, block_on};
 use cairn_runtime::{EngineOptions, KvType, ModelPath, Role, WeightType, Worker, WorkerOptions};
@@ -20,9 +21,11 @@ pub(crate) struct WorkerArguments {
     /// What this worker does.
     #[arg(long, value_enum, default_value = "both")]
     role: RoleArgument,
-    /// The cache server, as http://host:port. Without it this worker shares nothing.
+    /// The cache server, as http://host:port or https://host:port. Without it this worker shares nothing.
     #[arg(long, env = "CAIRN_CACHE", value_name = "URL")]
     cache: Option<String>,
+    #[command(flatten)]
+    connect: ConnectArguments,
     /// The prefill worker of a decode worker, as http://host:port.
     #[arg(long, value_name = "URL")]
     prefill: Option<String>,
@@ -144,7 +147,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<(), CliError> {
             RoleArgument::Decode => Role::Decode,
             RoleArgument::Both => Role::Both,
         },
-        cache: arguments.cache,
+        cache: arguments.cache.map(|endpoint| arguments.connect.options(&endpoint)).transpose()?,
         prefill: arguments.prefill,
         prefill_timeout: Duration::from_millis(arguments.prefill_timeout_ms),
         delegate_min_tokens: arguments.delegate_min_tokens,

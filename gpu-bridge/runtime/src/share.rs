@@ -2,7 +2,7 @@
 
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
-use cairn_client::{Block, CacheClient};
+use cairn_client::{Block, CacheClient, WireKind};
 use cairn_gpu::{Device, HostDevice, HostPinned};
 use cairn_proto::{BlockHash, KeySpace};
 use std::sync::Arc;
@@ -62,6 +62,8 @@ pub(crate) struct Loaded {
     /// Verified blocks from `first` on, in canonical order.
     pub(crate) staging: Option<HostPinned>,
     pub(crate) blocks: usize,
+    /// How they came.
+    pub(crate) wire: Option<WireKind>,
     pub(crate) delegated: bool,
     pub(crate) elapsed: Duration,
 }
@@ -138,31 +140,39 @@ impl Share {
             resident: self.client.is_connected().then_some(resident),
             staging: None,
             blocks: 0,
+            wire: None,
             delegated,
             elapsed: Duration::ZERO,
         };
         let end = resident.min(job.first + job.room);
         if let Some(run) = lookup.run.filter(|_| end > job.first) {
-            (loaded.staging, loaded.blocks) = self.fetch(&run, job.first, end).await;
+            (loaded.staging, loaded.blocks, loaded.wire) = self.fetch(&run, job.first, end).await;
         }
         loaded.elapsed = started.elapsed();
         loaded
     }
 
     /// Blocks `first..end` of the run, up to the first that did not arrive whole.
-    async fn fetch(&self, run: &cairn_client::Run, first: usize, end: usize) -> (Option<HostPinned>, usize) {
+    async fn fetch(
+        &self,
+        run: &cairn_client::Run,
+        first: usize,
+        end: usize,
+    ) -> (Option<HostPinned>, usize, Option<WireKind>) {
         let block_bytes = self.space.block_bytes() as usize;
         let mut staging = match HostDevice.allocate_pinned((end - first) * block_bytes) {
             Ok(staging) => staging,
             Err(error) => {
                 tracing::warn!(%error, "no memory to load cached blocks into");
-                return (None, 0);
+                return (None, 0, None);
             }
         };
         let mut targets: Vec<&mut [u8]> = staging.as_mut().chunks_exact_mut(block_bytes).collect();
-        let mut arrived = 0;
+        let (mut arrived, mut wire) = (0, None);
         for (i, targets) in targets.chunks_mut(FETCH_BLOCKS).enumerate() {
-            let outcomes = self.client.fetch(run, first + i * FETCH_BLOCKS, targets).await.outcomes;
+            let fetched = self.client.fetch(run, first + i * FETCH_BLOCKS, targets).await;
+            wire = fetched.wire;
+            let outcomes = fetched.outcomes;
             let hits = outcomes.iter().take_while(|outcome| outcome.is_hit()).count();
             arrived += hits;
             if hits < outcomes.len() {
@@ -170,7 +180,7 @@ impl Share {
                 break;
             }
         }
-        (Some(staging), arrived)
+        (Some(staging), arrived, wire)
     }
 }
 

@@ -46,7 +46,7 @@ pub struct WorkerOptions {
     /// What it does.
     pub role: Role,
     /// The cache server, as `http://host:port`. `None`: no cache.
-    pub cache: Option<String>,
+    pub cache: Option<ClientOptions>,
     /// The prefill worker of a decode worker, as `http://host:port`.
     pub prefill: Option<String>,
     /// After this long without its answer the decode worker computes by itself.
@@ -168,10 +168,9 @@ fn routes(engine: Engine, options: &WorkerOptions, space: &KeySpace, model_name:
 }
 
 async fn share(options: &WorkerOptions, space: &KeySpace) -> Result<Option<Share>, WorkerError> {
-    let Some(endpoint) = &options.cache else {
+    let Some(mut client) = options.cache.clone() else {
         return Ok(None);
     };
-    let mut client = ClientOptions::new(endpoint);
     client.name = format!("worker {:?}", options.role);
     let client = CacheClient::start(client)?;
     // A server that refuses the space would refuse every block of it: better to know at start.

@@ -7,16 +7,18 @@ mod process;
 mod prompts;
 mod report;
 mod requests;
+mod secure;
 
 use crate::model::{PullOptions, pull};
-use crate::{CliError, block_on, inspect, signals};
-use cairn_client::{CacheClient, ClientOptions};
+use crate::{CliError, block_on, connect, inspect, signals};
+use cairn_client::{CacheClient, WireKind};
 use cairn_proto::pb;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use process::Process;
 use report::{Report, Row};
 use requests::{Answer, ask};
+use secure::Secure;
 use std::path::Path;
 use std::time::Duration;
 
@@ -42,6 +44,9 @@ pub(crate) struct DemoOptions {
     /// Give the server an NVMe tier, kill it without warning after the warm requests, start it again, and ask once more.
     #[arg(long)]
     nvme: bool,
+    /// The only way for block bytes: shm, quic, tls or grpc [default: the best that works].
+    #[arg(long, value_name = "WIRE", value_parser = connect::wire)]
+    wire: Option<WireKind>,
     /// Print JSON instead of tables.
     #[arg(long)]
     json: bool,
@@ -104,16 +109,17 @@ struct Fleet {
 impl Fleet {
     async fn start(
         options: &DemoOptions,
+        secure: &Secure,
         (model, nvme): (&str, Option<&Path>),
         progress: &Progress,
     ) -> Result<Self, CliError> {
         let loopback = "127.0.0.1:0";
         progress.doing("starting a cache server");
-        let server = start_server(options, loopback, nvme).await?;
+        let server = start_server(options, secure, loopback, nvme).await?;
         progress.say(&server);
         progress.doing("loading the model into a prefill worker and a decode worker");
         let cache = server.url();
-        let worker = [
+        let mut worker = vec![
             "worker",
             "--listen",
             loopback,
@@ -124,6 +130,7 @@ impl Fleet {
             "--pool-tokens",
             POOL_TOKENS,
         ];
+        worker.extend(secure.arguments.iter().map(String::as_str));
         let prefill =
             Process::start("prefill worker", &[&worker[..], &["--role", "prefill"]].concat()).await?;
         progress.say(&prefill);
@@ -141,26 +148,32 @@ impl Fleet {
     }
 }
 
-async fn start_server(options: &DemoOptions, listen: &str, nvme: Option<&Path>) -> Result<Process, CliError> {
+async fn start_server(
+    options: &DemoOptions,
+    secure: &Secure,
+    listen: &str,
+    nvme: Option<&Path>,
+) -> Result<Process, CliError> {
     let capacity = options.capacity_mib.to_string();
-    let mut serve =
-        vec!["serve", "--listen", listen, "--http-listen", "127.0.0.1:0", "--capacity-mib", &capacity];
+    let mut serve = vec!["serve", "--config", &secure.config, "--listen", listen];
+    serve.extend(["--http-listen", "127.0.0.1:0", "--capacity-mib", &capacity]);
     let folder = nvme.map(|folder| folder.display().to_string());
     if let Some(folder) = &folder {
         serve.extend(["--nvme-dir", folder, "--nvme-mib", NVME_MIB, "--nvme-segment-mib", NVME_SEGMENT_MIB]);
     }
-    Process::start("cache server", &serve).await
+    Ok(Process::start("cache server", &serve).await?.with_tls())
 }
 
 /// Kills the server once everything it holds is on its device, and starts it again on the same address.
 async fn restart(
     options: &DemoOptions,
+    secure: &Secure,
     fleet: &mut Fleet,
     (nvme, progress): (&Path, &Progress),
 ) -> Result<(), CliError> {
     progress.doing("waiting until everything is on the device");
     let address = fleet.server.address().to_owned();
-    let client = CacheClient::start(ClientOptions::new(fleet.server.url())).map_err(CliError::failed)?;
+    let client = question(secure, fleet)?;
     settled(&client, |stats| {
         let stored: u64 = stats.devices.iter().map(|device| device.stored_blocks).sum();
         stats.committed_blocks > 0 && stored >= stats.committed_blocks
@@ -168,13 +181,19 @@ async fn restart(
     .await?;
     progress.doing("killing the server, and starting it again");
     fleet.server.kill().await;
-    fleet.server = start_server(options, &address, Some(nvme)).await?;
+    fleet.server = start_server(options, secure, &address, Some(nvme)).await?;
     progress.say(&fleet.server);
     // Both workers and this client are back.
     settled(&client, |stats| {
         stats.sessions >= 3 && stats.devices.iter().all(|device| device.state == "ready")
     })
     .await
+}
+
+/// A client for the demo's own questions.
+fn question(secure: &Secure, fleet: &Fleet) -> Result<CacheClient, CliError> {
+    let options = secure.connect()?.options(&fleet.server.url())?;
+    CacheClient::start(options).map_err(CliError::failed)
 }
 
 async fn settled(client: &CacheClient, is: impl Fn(&pb::StatsResponse) -> bool) -> Result<(), CliError> {
@@ -193,7 +212,8 @@ async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliEr
     let progress = Progress::new(options.json);
     let folder = if options.nvme { Some(tempfile::tempdir().map_err(CliError::failed)?) } else { None };
     let nvme = folder.as_ref().map(tempfile::TempDir::path);
-    let mut fleet = Fleet::start(options, (model, nvme), &progress).await?;
+    let secure = Secure::new(options)?;
+    let mut fleet = Fleet::start(options, &secure, (model, nvme), &progress).await?;
     let prompts = prompts::prompts(options.shared_lines, options.requests);
     let url = fleet.decode.url();
     let ask = |prompt: &str, use_cache| ask(url.clone(), prompt.to_owned(), options.max_tokens, use_cache);
@@ -212,14 +232,14 @@ async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliEr
     }
     let mut restarted = Vec::new();
     if let Some(nvme) = nvme {
-        restart(options, &mut fleet, (nvme, &progress)).await?;
+        restart(options, &secure, &mut fleet, (nvme, &progress)).await?;
         for (i, prompt) in prompts.iter().enumerate() {
             progress.doing(&format!("request {} of {}, after the restart", i + 1, prompts.len()));
             restarted.push(Some(ask(prompt, true).await?));
         }
     }
     restarted.resize(prompts.len(), None);
-    let client = CacheClient::start(ClientOptions::new(fleet.server.url())).map_err(CliError::failed)?;
+    let client = question(&secure, &fleet)?;
     let stats = client.stats().await.map_err(CliError::failed)?;
     drop(client);
     fleet.stop().await;

@@ -17,6 +17,7 @@ pub(super) struct Process {
     name: &'static str,
     child: Child,
     address: String,
+    scheme: &'static str,
 }
 
 impl Process {
@@ -42,15 +43,20 @@ impl Process {
             CliError::Failed(format!("the {name} ended before it was ready; its message is above"))
         })?;
         let address = announced["address"].as_str().unwrap_or_default().to_owned();
-        Ok(Self { name, child, address })
+        Ok(Self { name, child, address, scheme: "http" })
     }
 
     pub(super) fn name(&self) -> &'static str {
         self.name
     }
 
+    /// It speaks TLS.
+    pub(super) fn with_tls(self) -> Self {
+        Self { scheme: "https", ..self }
+    }
+
     pub(super) fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("{}://{}", self.scheme, self.address)
     }
 
     pub(super) fn address(&self) -> &str {

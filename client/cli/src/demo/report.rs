@@ -37,6 +37,14 @@ impl Report {
         self.rows.iter().all(Row::identical) && self.fill.token_ids == self.rows[0].cold.token_ids
     }
 
+    /// How the blocks of the warm answers came; more than one if a wire failed in between.
+    fn wires(&self) -> String {
+        let mut wires: Vec<&str> = self.rows.iter().map(|row| row.warm.wire.as_str()).collect();
+        wires.sort_unstable();
+        wires.dedup();
+        wires.join(", ")
+    }
+
     fn hit_rates(&self) -> Vec<(String, f64)> {
         let asked = self.stats["asked_blocks"].as_f64().unwrap_or_default().max(1.0);
         let tiers = self.stats["tiers"].as_array().cloned().unwrap_or_default();
@@ -56,7 +64,7 @@ impl Report {
                 "cached_tokens_restarted": row.restarted.as_ref().map(|answer| answer.cached_tokens)})
         };
         let rates = self.hit_rates().into_iter().map(|(tier, rate)| (tier, json!(rate)));
-        json!({"model": self.model, "wire": "grpc", "requests": self.rows.iter().enumerate().map(row).collect::<Vec<_>>(),
+        json!({"model": self.model, "wire": self.wires(), "requests": self.rows.iter().enumerate().map(row).collect::<Vec<_>>(),
             "fill": {"ttft_ms": self.fill.first_token_ms, "cached_tokens": self.fill.cached_tokens,
                 "loaded_bytes": self.fill.loaded_bytes},
             "tokens_identical": self.identical(), "hit_rate": rates.collect::<serde_json::Map<_, _>>(),
@@ -71,7 +79,7 @@ impl Report {
         if restarted {
             heading.push("after kill -9 ms");
         }
-        heading.extend(["tokens identical", "MiB loaded"]);
+        heading.extend(["tokens identical", "MiB loaded", "wire"]);
         table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(heading);
         // Lines above, below and under the heading; none between rows.
         table.remove_style(TableComponent::HorizontalLines).remove_style(TableComponent::MiddleIntersections);
@@ -88,12 +96,22 @@ impl Report {
                 let time = |answer: &Answer| format!("{:.0}", answer.first_token_ms);
                 cells.push(row.restarted.as_ref().map_or_else(String::new, time));
             }
-            cells.extend([if row.identical() { "yes" } else { "NO" }.into(), mib(row.warm.loaded_bytes)]);
+            cells.extend([
+                if row.identical() { "yes" } else { "NO" }.into(),
+                mib(row.warm.loaded_bytes),
+                row.warm.wire.clone(),
+            ]);
             table.add_row(cells);
         }
         table.column_iter_mut().for_each(|column| column.set_cell_alignment(CellAlignment::Right));
         println!("\n{table}");
-        println!("cold: every cache off. warm: attention state from the cache, over gRPC, verified.");
+        println!(
+            "cold: every cache off. warm: attention state from the cache, over {}, verified.",
+            self.wires()
+        );
+        println!(
+            "The server speaks TLS and asks for a token; shared memory is only for processes of the same user."
+        );
         if restarted {
             println!(
                 "after kill -9: the server was killed and started again; its blocks came back from the NVMe tier."

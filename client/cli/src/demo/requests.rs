@@ -15,6 +15,8 @@ pub(super) struct Answer {
     pub(super) prompt_tokens: u64,
     pub(super) cached_tokens: u64,
     pub(super) loaded_bytes: u64,
+    /// How they came.
+    pub(super) wire: String,
 }
 
 pub(super) async fn ask(
@@ -40,6 +42,7 @@ pub(super) async fn ask(
         prompt_tokens: 0,
         cached_tokens: 0,
         loaded_bytes: 0,
+        wire: String::new(),
     };
     let mut received = Vec::new();
     let mut stream = response.bytes_stream();
@@ -75,5 +78,6 @@ fn add(answer: &mut Answer, value: &Value, started: Instant) {
         answer.prompt_tokens = number(&usage["prompt_tokens"]);
         answer.cached_tokens = number(&usage["prompt_tokens_details"]["cached_tokens"]);
         answer.loaded_bytes = number(&value["cairn"]["loaded_bytes"]);
+        answer.wire = value["cairn"]["wire"].as_str().unwrap_or_default().to_owned();
     }
 }

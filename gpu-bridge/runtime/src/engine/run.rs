@@ -186,6 +186,7 @@ impl Loop {
         sequence.stored.store(loaded.resident.unwrap_or(0), Ordering::Relaxed);
         sequence.summary.load_ms = loaded.elapsed.as_secs_f64() * 1e3;
         sequence.summary.remote_prefill = loaded.delegated;
+        sequence.summary.wire = loaded.wire;
         let count = loaded.blocks;
         if let Some(staging) = loaded.staging
             && let Err(error) = self.scatter(&mut sequence, staging, count)

@@ -2,6 +2,7 @@
 
 use super::{Request, Work};
 use crate::sampling::Sampler;
+use cairn_client::WireKind;
 use cairn_gpu::Slot;
 use cairn_proto::{BlockHash, BlockHasher, Parent, SpaceId};
 use std::sync::Arc;
@@ -43,6 +44,8 @@ pub struct Summary {
     pub loaded_tokens: usize,
     /// Bytes of that state.
     pub loaded_bytes: u64,
+    /// How they came.
+    pub wire: Option<WireKind>,
     /// Time to look it up and bring it here, a remote prefill included.
     pub load_ms: f64,
     /// Whether another worker computed a part of it for this request.

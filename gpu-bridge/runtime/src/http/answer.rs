@@ -8,6 +8,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use cairn_client::WireKind;
 use futures::stream;
 use serde_json::{Value, json};
 use std::convert::Infallible;
@@ -167,6 +168,7 @@ fn add_usage(body: &mut Value, summary: &Summary) {
         "local_tokens": summary.local_tokens,
         "loaded_tokens": summary.loaded_tokens,
         "loaded_bytes": summary.loaded_bytes,
+        "wire": summary.wire.map(WireKind::name),
         "load_ms": summary.load_ms,
         "first_token_ms": summary.first_token_ms,
         "remote_prefill": summary.remote_prefill,

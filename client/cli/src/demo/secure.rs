@@ -1,0 +1,61 @@
+//! The demo runs as a deployment should: TLS everywhere, and a token. Certificates and token live in a folder that goes with the demo.
+
+use super::DemoOptions;
+use crate::CliError;
+use crate::certs::new_token;
+use crate::connect::ConnectArguments;
+use cairn_server::certs::{CertsOptions, make};
+use clap::Parser;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// Longer than any demo.
+const VALID: Duration = Duration::from_secs(86_400);
+
+pub(super) struct Secure {
+    /// Of the server.
+    pub(super) config: String,
+    /// Of everybody who connects to it.
+    pub(super) arguments: Vec<String>,
+    /// Removed at the end.
+    _folder: TempDir,
+}
+
+/// Parses the same arguments as the workers do.
+#[derive(Parser)]
+struct Connect {
+    #[command(flatten)]
+    arguments: ConnectArguments,
+}
+
+impl Secure {
+    pub(super) fn new(options: &DemoOptions) -> Result<Self, CliError> {
+        let folder = tempfile::tempdir().map_err(CliError::failed)?;
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let hosts = vec!["127.0.0.1".into()];
+        let options_of = CertsOptions { dir: folder.path().to_owned(), hosts, valid: VALID };
+        let certs = make(&options_of).map_err(CliError::failed)?;
+        let token = path("token");
+        new_token(token.as_ref())?;
+        let config = path("cairn.toml");
+        let text = format!(
+            "[tls]\ncert_file = {:?}\nkey_file = {:?}\n[wires]\ndata_listen = \"127.0.0.1:0\"\n\
+             [[token]]\ntenant = \"default\"\nrights = [\"read\", \"publish\", \"admin\"]\nfile = {token:?}\n",
+            certs.server.0.display().to_string(),
+            certs.server.1.display().to_string(),
+        );
+        std::fs::write(&config, text).map_err(CliError::failed)?;
+        let mut arguments =
+            vec!["--ca".to_owned(), certs.ca.display().to_string(), "--token-file".into(), token];
+        if let Some(wire) = options.wire {
+            arguments.extend(["--wire".into(), wire.to_string()]);
+        }
+        Ok(Self { config, arguments, _folder: folder })
+    }
+
+    /// For the demo's own questions to the server.
+    pub(super) fn connect(&self) -> Result<ConnectArguments, CliError> {
+        let arguments = std::iter::once("demo").chain(self.arguments.iter().map(String::as_str));
+        Connect::try_parse_from(arguments).map(|connect| connect.arguments).map_err(CliError::failed)
+    }
+}
