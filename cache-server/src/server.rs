@@ -157,6 +157,11 @@ impl Server {
         self.http_address
     }
 
+    /// The server as wires see it, for those inside this process.
+    pub fn store(&self) -> Arc<dyn cairn_transfer::Store> {
+        Arc::new(self.context.clone())
+    }
+
     /// Slots, leases and the like that are held now.
     pub fn usage(&self) -> cairn_core::Usage {
         self.context.engine.inspect(cairn_core::Core::usage)

@@ -6,6 +6,7 @@ mod checkpoints;
 pub mod devices;
 pub mod fuzz;
 pub mod traces;
+pub mod wires;
 
 pub use checkpoints::{tiny_config, write_checkpoint};
 

@@ -234,7 +234,7 @@ async fn clients_that_die_in_the_middle_leave_nothing_behind() {
         ..Default::default()
     };
     let lease_id = grpc.lookup(request).await.unwrap().into_inner().lease_id;
-    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 40, range_bytes: 0 };
+    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 40, range_bytes: 0, transfer: 0 };
     let mut chunks = grpc.fetch(request).await.unwrap().into_inner();
     chunks.message().await.unwrap().unwrap();
     assert_eq!(server.usage().leases, 1);
@@ -262,7 +262,8 @@ async fn a_reader_that_stops_reading_loses_its_blocks_at_the_deadline() {
         ..Default::default()
     };
     let lease_id = grpc.lookup(request).await.unwrap().into_inner().lease_id;
-    let request = pb::FetchRequest { session_id, lease_id, first: 0, count: 200, range_bytes: 0 };
+    let request =
+        pb::FetchRequest { session_id, lease_id, first: 0, count: 200, range_bytes: 0, transfer: 0 };
     let mut chunks = grpc.fetch(request).await.unwrap().into_inner();
     chunks.message().await.unwrap().unwrap();
     nothing_held(&server).await;

@@ -44,9 +44,6 @@ const MAX_REQUESTS: u32 = 64;
 /// Lanes of one connection at a time.
 const MAX_LANES: u32 = 256;
 
-/// A lane whose request is not known yet waits for it; more than these are refused.
-const LANE_QUEUE: usize = 64;
-
 /// Socket buffers: bursts of packets fit, so that few are lost on a busy machine.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
@@ -142,51 +139,49 @@ fn socket(address: SocketAddr) -> std::io::Result<std::net::UdpSocket> {
     Ok(socket)
 }
 
-type Lane = (u64, quinn::RecvStream);
-
 /// A QUIC connection to one server, for one session.
 pub struct QuicWire {
     endpoint: quinn::Endpoint,
     connection: quinn::Connection,
     lanes: Arc<Lanes>,
+    last_transfer: AtomicU64,
     _accepting: AbortOnDropHandle<()>,
 }
 
 /// Lanes find the fetch that waits for them.
 #[derive(Default)]
-struct Lanes {
-    /// Senders of fetches in progress, and lanes that came before their fetch knew its number.
-    waiting: Mutex<(HashMap<u64, mpsc::Sender<quinn::RecvStream>>, Vec<Lane>)>,
-}
+struct Lanes(Mutex<HashMap<u64, mpsc::Sender<quinn::RecvStream>>>);
 
 impl Lanes {
+    /// A lane of a fetch that was given up is dropped, which tells the server.
     fn arrived(&self, transfer: u64, lane: quinn::RecvStream) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        match waiting.0.get(&transfer) {
-            // There is room for as many as the fetch was told of.
-            Some(fetch) => drop(fetch.try_send(lane)),
-            None if waiting.1.len() < LANE_QUEUE => waiting.1.push((transfer, lane)),
-            None => {}
+        if let Some(fetch) = self.waiting().get(&transfer) {
+            // There is room for all that a fetch may have.
+            drop(fetch.try_send(lane));
         }
     }
 
-    fn expect(&self, transfer: u64, lanes: u32) -> mpsc::Receiver<quinn::RecvStream> {
-        let (sender, receiver) = mpsc::channel(lanes.max(1) as usize);
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let early = std::mem::take(&mut waiting.1);
-        for (number, lane) in early {
-            match number == transfer {
-                true => drop(sender.try_send(lane)),
-                false => waiting.1.push((number, lane)),
-            }
-        }
-        waiting.0.insert(transfer, sender);
-        receiver
+    fn expect(&self, transfer: u64) -> (Expected<'_>, mpsc::Receiver<quinn::RecvStream>) {
+        let (sender, receiver) = mpsc::channel(MAX_LANES as usize);
+        self.waiting().insert(transfer, sender);
+        (Expected { lanes: self, transfer }, receiver)
     }
 
-    fn done(&self, transfer: u64) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.0.remove(&transfer);
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u64, mpsc::Sender<quinn::RecvStream>>> {
+        // An insertion or removal is whole even if something else panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets a fetch that ended, however it did.
+struct Expected<'a> {
+    lanes: &'a Lanes,
+    transfer: u64,
+}
+
+impl Drop for Expected<'_> {
+    fn drop(&mut self) {
+        self.lanes.waiting().remove(&self.transfer);
     }
 }
 
@@ -227,7 +222,8 @@ impl QuicWire {
         handshake::open(&mut Link::new(tokio::io::join(receive, send)), session, &key).await?;
         let lanes = Arc::new(Lanes::default());
         let accepting = tokio::spawn(accept_lanes(connection.clone(), lanes.clone()));
-        Ok(Self { endpoint, connection, lanes, _accepting: AbortOnDropHandle::new(accepting) })
+        let last_transfer = AtomicU64::new(0);
+        Ok(Self { endpoint, connection, lanes, last_transfer, _accepting: AbortOnDropHandle::new(accepting) })
     }
 
     /// Moves the connection to another local port, as when a network changes.
@@ -250,14 +246,14 @@ impl QuicWire {
     }
 
     async fn fetch(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
+        let transfer = self.last_transfer.fetch_add(1, Ordering::Relaxed) + 1;
+        let (_expected, streams) = self.lanes.expect(transfer);
         let mut link = self.request().await?;
-        link.send(kind::FETCH, &job.request()).await?;
-        let pb::DataLanes { transfer, lanes } = link.answer().await?.expect(kind::LANES)?;
+        link.send(kind::FETCH, &pb::FetchRequest { transfer, ..job.request() }).await?;
+        let pb::DataLanes { lanes } = link.answer().await?.expect(kind::LANES)?;
         if lanes > MAX_LANES {
             return Err(Status::internal("more lanes than a server may use"));
         }
-        let done = Done { lanes: &self.lanes, transfer };
-        let streams = done.lanes.expect(transfer, lanes);
         let arrivals = tokio::sync::Mutex::new(arrivals);
         let control = async {
             loop {
@@ -276,18 +272,6 @@ impl QuicWire {
 impl Drop for QuicWire {
     fn drop(&mut self) {
         self.connection.close(0u32.into(), b"done");
-    }
-}
-
-/// Forgets a fetch that ended, however it did.
-struct Done<'a> {
-    lanes: &'a Lanes,
-    transfer: u64,
-}
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.lanes.done(self.transfer);
     }
 }
 
@@ -332,7 +316,7 @@ async fn receive_lane(
     arrivals: &tokio::sync::Mutex<&mut Arrivals<'_>>,
 ) -> Result<(), Status> {
     let mut head = BytesMut::with_capacity(LANE_HEAD_BYTES);
-    let (mut block, mut offset, mut left) = (0, 0, 0);
+    let (mut block, mut offset, mut left) = (0, 0, 0u32);
     while let Some(chunk) = lane.read_chunk(limits::CHUNK_BYTES, true).await.map_err(broken)? {
         let mut bytes = chunk.bytes;
         while !bytes.is_empty() {
@@ -379,7 +363,6 @@ pub struct QuicServer {
     endpoint: quinn::Endpoint,
     store: Arc<dyn Store>,
     lanes: u32,
-    last_transfer: AtomicU64,
 }
 
 impl QuicServer {
@@ -402,7 +385,7 @@ impl QuicServer {
         let runtime = Arc::new(quinn::TokioRuntime);
         let endpoint = quinn::Endpoint::new(endpoint_config(), Some(config), socket(address)?, runtime)?;
         let lanes = options.lanes.clamp(1, MAX_LANES);
-        Ok(Self { endpoint, store, lanes, last_transfer: AtomicU64::new(0) })
+        Ok(Self { endpoint, store, lanes })
     }
 
     /// Where it listens.
@@ -462,8 +445,14 @@ impl QuicServer {
                     let (send, receive) = accepted.map_err(broken)?;
                     let (server, connection) = (self.clone(), connection.clone());
                     requests.spawn(async move {
+                        let given_up = send.stopped();
                         let mut link = Link::new(tokio::io::join(receive, send));
-                        if let Err(status) = server.request(&mut link, &connection, session).await {
+                        let result = tokio::select! {
+                            result = server.request(&mut link, &connection, session) => result,
+                            // The client does not want the answer any more.
+                            _ = given_up => return,
+                        };
+                        if let Err(status) = result {
                             tracing::debug!(error = status.message(), "a QUIC request ended early");
                             // The client may be gone.
                             let _ = link.fail(&status).await;
@@ -507,14 +496,13 @@ impl QuicServer {
     ) -> Result<(), Status> {
         let positions = (request.first as usize, request.count as usize);
         let mut reading = self.store.read(WireKind::Quic, session, request.lease_id, positions)?;
-        let transfer = self.last_transfer.fetch_add(1, Ordering::Relaxed) + 1;
         let count = self.lanes.min(request.count.max(1));
-        link.send(kind::LANES, &pb::DataLanes { transfer, lanes: count }).await?;
+        link.send(kind::LANES, &pb::DataLanes { lanes: count }).await?;
         let mut lanes = Vec::new();
         let mut tasks = tokio::task::JoinSet::new();
         for _ in 0..count {
             let mut lane = connection.open_uni().await.map_err(broken)?;
-            lane.write_all(&transfer.to_le_bytes()).await.map_err(broken)?;
+            lane.write_all(&request.transfer.to_le_bytes()).await.map_err(broken)?;
             let (pieces, queue) = mpsc::channel(4);
             tasks.spawn(send_lane(lane, queue));
             lanes.push(pieces);

@@ -14,6 +14,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::Status;
 
+/// Read at once of what nobody wants.
+const DRAIN_BYTES: usize = 64 << 10;
+
 /// The client's side of a fetch whose pieces come on the same stream.
 pub(crate) async fn fetch<S: AsyncRead + AsyncWrite + Unpin>(
     link: &mut Link<S>,
@@ -123,9 +126,9 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
                 match take(store, link, wire, (session, request.reservation_id)).await {
                     Ok(response) => link.send(kind::COMMITS, &response).await?,
                     Err(status) => {
-                        // What is still on its way cannot be told from a request: this connection is over.
                         link.fail(&status).await?;
-                        return Err(status);
+                        // The client sends all it has before it looks.
+                        drain(link, store.limits().idle_timeout).await?;
                     }
                 }
             }
@@ -193,6 +196,34 @@ async fn take<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(receiving.finish())
 }
 
+async fn skip<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    idle: Duration,
+    mut len: usize,
+) -> Result<(), Status> {
+    let mut nowhere = vec![0; DRAIN_BYTES.min(len)];
+    while len > 0 {
+        let part = len.min(nowhere.len());
+        within(idle, link.fill(&mut nowhere[..part])).await?;
+        len -= part;
+    }
+    Ok(())
+}
+
+/// Throws away the rest of a publish that failed, so that the connection can be used again.
+pub(crate) async fn drain<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    idle: Duration,
+) -> Result<(), Status> {
+    loop {
+        match within(idle, link.answer()).await? {
+            Frame::Piece { len, .. } => skip(link, idle, len).await?,
+            Frame::Message(kind::END, _) => return Ok(()),
+            Frame::Message(..) => {}
+        }
+    }
+}
+
 /// Until the end of a publish.
 pub(crate) async fn take_pieces<S: AsyncRead + AsyncWrite + Unpin>(
     link: &mut Link<S>,
@@ -202,7 +233,13 @@ pub(crate) async fn take_pieces<S: AsyncRead + AsyncWrite + Unpin>(
     loop {
         match within(idle, link.answer()).await? {
             Frame::Piece { block, offset, len } => {
-                within(idle, link.fill(receiving.room(block, offset, len)?)).await?;
+                match receiving.room(block, offset, len) {
+                    Ok(target) => within(idle, link.fill(target)).await?,
+                    Err(status) => {
+                        skip(link, idle, len).await?;
+                        return Err(status);
+                    }
+                }
                 receiving.added(block, len)?;
             }
             Frame::Message(kind::SEAL, body) => receiving.seal(&decode(body)?)?,

@@ -83,6 +83,7 @@ impl FetchJob {
             first: self.blocks.start as u32,
             count: self.blocks.len() as u32,
             range_bytes: self.range_bytes,
+            transfer: 0,
         }
     }
 }

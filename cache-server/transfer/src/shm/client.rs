@@ -271,6 +271,7 @@ impl Inner {
             ring.offer(offer).await?;
         }
         ring.link.send(kind::END, &()).await?;
+        // After a failure here the connection is not used again: it may still be owed an answer.
         ring.wait(ring.offered).await?;
         let response: pb::PublishResponse = link.answer().await?.expect(kind::COMMITS)?;
         self.pool.give_back(Connection { link, staging: Some((map, bytes)) });

@@ -7,7 +7,7 @@ use crate::copy::copy_shared;
 use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::store::{Hold, Receiving, Store};
-use crate::stream::{is_refusal, send_block, within};
+use crate::stream::{drain, is_refusal, send_block, within};
 use crate::wire::WireKind;
 use cairn_proto::{Checksum, pb};
 use futures::StreamExt;
@@ -204,9 +204,9 @@ impl Connection {
                     match self.publish(reservation_id).await {
                         Ok(response) => self.link.send(kind::COMMITS, &response).await,
                         Err(status) => {
-                            // What is still on its way cannot be told from a request: this connection is over.
                             self.link.fail(&status).await?;
-                            return Err(status);
+                            let idle = self.store.limits().idle_timeout;
+                            drain(&mut self.link, idle).await
                         }
                     }
                 }
