@@ -112,11 +112,19 @@ impl Session {
     /// # Panics
     /// When the server does not.
     pub async fn open(server: &Server, ca: &Path) -> Self {
+        Self::open_with(server, ca, None).await
+    }
+
+    /// Opens one with a token.
+    ///
+    /// # Panics
+    /// When the server does not.
+    pub async fn open_with(server: &Server, ca: &Path, token: Option<&str>) -> Self {
         let pem = std::fs::read(ca).expect("a certificate");
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem));
         let endpoint = Endpoint::from_shared(format!("https://{}", server.address())).expect("an endpoint");
         let channel: Channel = endpoint.tls_config(tls).expect("TLS").connect().await.expect("a connection");
-        let bearer = Bearer::new(None).expect("no token");
+        let bearer = Bearer::new(token).expect("a token");
         let mut api = Api::new(InterceptedService::new(channel, bearer))
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
@@ -136,6 +144,13 @@ impl Session {
     pub fn offer(&self, kind: WireKind) -> String {
         let offer = self.offers.iter().find(|offer| offer.wire == kind.name());
         offer.expect("the wire is offered").address.clone()
+    }
+
+    /// Goes elsewhere for a wire from now on.
+    pub fn redirect(&mut self, kind: WireKind, address: &str) {
+        for offer in self.offers.iter_mut().filter(|offer| offer.wire == kind.name()) {
+            offer.address = address.to_owned();
+        }
     }
 
     /// TLS settings for data connections.

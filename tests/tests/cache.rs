@@ -344,6 +344,7 @@ async fn tenants_are_held_to_the_list_and_to_their_quota() {
     config.tenant = vec![cairn_server::TenantConfig {
         name: "t".into(),
         max_blocks: Some(5),
+        max_mib: None,
         encryption_key_file: None,
         encryption_key_command: None,
     }];

@@ -307,6 +307,7 @@ async fn blocks_of_a_tenant_with_a_key_are_unreadable_without_it() {
     let tenant = |key: Option<PathBuf>| TenantConfig {
         name: "t".into(),
         max_blocks: None,
+        max_mib: None,
         encryption_key_file: key,
         encryption_key_command: None,
     };

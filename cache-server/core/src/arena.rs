@@ -52,6 +52,8 @@ pub(crate) struct Arena {
     free_chunks: BTreeSet<u32>,
     classes: Vec<Class>,
     used_slots: usize,
+    /// Chunks that the classes of each tenant own together.
+    tenant_chunks: Vec<usize>,
     /// Chunks that need other memory before anything is written to them.
     stale: Vec<u32>,
 }
@@ -64,6 +66,7 @@ impl Arena {
             free_chunks: (0..chunks).collect(),
             classes: Vec::new(),
             used_slots: 0,
+            tenant_chunks: Vec::new(),
             stale: Vec::new(),
         }
     }
@@ -71,6 +74,8 @@ impl Arena {
     /// `slot_bytes` must be at most a chunk.
     pub(crate) fn add_class(&mut self, tenant: usize, slot_bytes: u64) -> ClassId {
         let slots_per_chunk = u32::try_from(self.chunk_bytes / slot_bytes).unwrap_or(u32::MAX);
+        let tenants = self.tenant_chunks.len().max(tenant + 1);
+        self.tenant_chunks.resize(tenants, 0);
         self.classes.push(Class { tenant, slots_per_chunk, chunks: BTreeSet::new(), open: BTreeSet::new() });
         ClassId(self.classes.len() as u32 - 1)
     }
@@ -90,6 +95,7 @@ impl Arena {
                 chunk.free = (0..class.slots_per_chunk).rev().collect();
                 class.chunks.insert(chunk_id);
                 class.open.insert(chunk_id);
+                self.tenant_chunks[tenant] += 1;
                 chunk_id
             }
         };
@@ -145,6 +151,7 @@ impl Arena {
             *chunk = Chunk { exported: chunk.exported, ..Chunk::default() };
             class.chunks.remove(&slot.chunk);
             class.open.remove(&slot.chunk);
+            self.tenant_chunks[class.tenant] -= 1;
             self.free_chunks.insert(slot.chunk);
         } else {
             class.open.insert(slot.chunk);
@@ -156,14 +163,24 @@ impl Arena {
         self.classes[class.0 as usize].chunks.iter().copied()
     }
 
+    /// Chunks that all classes of a tenant own.
+    pub(crate) fn chunks_of_tenant(&self, tenant: usize) -> usize {
+        self.tenant_chunks.get(tenant).copied().unwrap_or(0)
+    }
+
     pub(crate) fn chunk_count(&self, class: ClassId) -> usize {
         self.classes[class.0 as usize].chunks.len()
     }
 
-    /// Slots that a class has or could have if nobody else took a free chunk.
-    pub(crate) fn reach(&self, class: ClassId) -> usize {
+    /// Whether a class has a free slot in its own chunks.
+    pub(crate) fn has_open_chunk(&self, class: ClassId) -> bool {
+        !self.classes[class.0 as usize].open.is_empty()
+    }
+
+    /// Slots that a class has or could have if nobody else took a free chunk, of which it may take `room`.
+    pub(crate) fn reach(&self, class: ClassId, room: usize) -> usize {
         let class = &self.classes[class.0 as usize];
-        (class.chunks.len() + self.free_chunks.len()) * class.slots_per_chunk as usize
+        (class.chunks.len() + self.free_chunks.len().min(room)) * class.slots_per_chunk as usize
     }
 
     pub(crate) fn occupants(&self, chunk: u32) -> &[Occupant] {

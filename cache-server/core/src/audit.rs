@@ -161,10 +161,17 @@ impl Core {
             let pending = reservation.blocks.iter().filter(|b| matches!(b.state, PendingState::Slot(_)));
             slots[tenant(reservation.space)] += pending.count() as u64;
         }
-        for (tenant, slots) in self.spaces.tenants.iter().zip(slots) {
+        for (position, (tenant, slots)) in self.spaces.tenants.iter().zip(slots).enumerate() {
             ensure(tenant.slots == slots, || format!("a tenant has {} slots, not {slots}", tenant.slots))?;
             let within = tenant.max_blocks.is_none_or(|max| tenant.slots <= max);
             ensure(within, || format!("a tenant has {} slots of {:?}", tenant.slots, tenant.max_blocks))?;
+            let classes = (0..).map(ClassId).zip(&self.spaces.classes);
+            let own = classes.filter(|(_, class)| class.tenant == position);
+            let chunks: usize = own.map(|(id, _)| self.arena.chunk_count(id)).sum();
+            let counted = self.arena.chunks_of_tenant(position);
+            ensure(chunks == counted, || format!("a tenant has {chunks} chunks, not {counted}"))?;
+            let within = tenant.max_chunks.is_none_or(|max| chunks <= max);
+            ensure(within, || format!("a tenant has {chunks} chunks of {:?}", tenant.max_chunks))?;
         }
         let leases = self.leases.values().filter(|lease| !lease.ended).count();
         let reservations = self.reservations.values().filter(|reservation| !reservation.dead).count();

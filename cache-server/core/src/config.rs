@@ -37,6 +37,8 @@ pub struct TenantQuota {
     pub name: String,
     /// Blocks that it may hold, reserved ones included. `None`: no quota.
     pub max_blocks: Option<u64>,
+    /// Chunks that its blocks may be in at a time.
+    pub max_chunks: Option<usize>,
 }
 
 /// A setting that cannot work.

@@ -326,25 +326,41 @@ impl Core {
             let victim = self.victim_of_tenant(tenant, class_id)?;
             self.evict_from_host(now, victim, effects);
         }
-        let slot = match self.arena.take(class_id) {
+        let slot = match self.take_slot(class_id) {
             Some(slot) => slot,
             None => {
                 if !self.take_over_chunk(now, class_id, effects) {
                     let victim = self.victim_of_class(class_id)?;
                     self.evict_from_host(now, victim, effects);
                 }
-                self.arena.take(class_id)?
+                self.take_slot(class_id)?
             }
         };
         self.spaces.tenants[tenant].slots += 1;
         Some(slot)
     }
 
+    /// A free slot, if the tenant may have the chunk that it is in.
+    fn take_slot(&mut self, class_id: ClassId) -> Option<SlotId> {
+        if !self.arena.has_open_chunk(class_id) && self.chunk_room(class_id) == 0 {
+            return None;
+        }
+        self.arena.take(class_id)
+    }
+
+    /// Chunks that the tenant of a class may still take.
+    fn chunk_room(&self, class_id: ClassId) -> usize {
+        let tenant = self.spaces.classes[class_id.0 as usize].tenant;
+        let max = self.spaces.tenants[tenant].max_chunks.unwrap_or(usize::MAX);
+        max.saturating_sub(self.arena.chunks_of_tenant(tenant))
+    }
+
     /// Tells a class's policy how many blocks there may be at present.
     fn resize_policy(&mut self, class_id: ClassId) {
+        let reach = self.arena.reach(class_id, self.chunk_room(class_id));
         let class = &mut self.spaces.classes[class_id.0 as usize];
         let quota = self.spaces.tenants[class.tenant].max_blocks.unwrap_or(u64::MAX);
-        let capacity = self.arena.reach(class_id).min(usize::try_from(quota).unwrap_or(usize::MAX));
+        let capacity = reach.min(usize::try_from(quota).unwrap_or(usize::MAX));
         if class.capacity != capacity {
             class.capacity = capacity;
             class.policy.resize(capacity);
@@ -368,18 +384,29 @@ impl Core {
     }
 
     /// Empties a chunk of a class that has more than its fair share, or that is idle, when `class` has less than its
-    /// own. Says whether the pool has a chunk now.
+    /// own. Tenants share evenly, however many classes each has; so do the classes of one tenant. Where there are more of them than
+    /// chunks, one that has none takes the coldest. Says whether the pool has a chunk now that the class may take.
     fn take_over_chunk(&mut self, now: Millis, class: ClassId, effects: &mut Effects) -> bool {
         let classes = &self.spaces.classes;
-        let sharing = classes.iter().filter(|c| now.since(c.used) < CLASS_IDLE_MS).count().max(1);
-        let fair = (self.arena.total_chunks() / sharing).max(1);
-        if self.arena.chunk_count(class) >= fair {
-            return false;
-        }
+        let tenant = classes[class.0 as usize].tenant;
+        let active = |class: &&Class| now.since(class.used) < CLASS_IDLE_MS;
+        let mut tenants: Vec<usize> = classes.iter().filter(active).map(|class| class.tenant).collect();
+        tenants.sort_unstable();
+        tenants.dedup();
+        let fair_tenant = self.arena.total_chunks() / tenants.len().max(1);
+        let chunks = self.arena.chunks_of_tenant(tenant);
+        let max_chunks = self.spaces.tenants[tenant].max_chunks.unwrap_or(usize::MAX);
+        let from_others = chunks < fair_tenant.max(1).min(max_chunks);
+        let own = classes.iter().filter(active).filter(|class| class.tenant == tenant).count().max(1);
+        let fair = fair_tenant.max(chunks).min(max_chunks) / own;
+        let from_own = self.arena.chunk_count(class) < fair.max(1);
         let may_give = |(position, other): &(usize, &Class)| {
             let id = ClassId(*position as u32);
             let idle = now.since(other.used) >= CLASS_IDLE_MS;
-            id != class && (idle || self.arena.chunk_count(id) > fair)
+            match other.tenant == tenant {
+                true => id != class && from_own && (idle || self.arena.chunk_count(id) > fair),
+                false => from_others && (idle || self.arena.chunks_of_tenant(other.tenant) > fair_tenant),
+            }
         };
         let donors = classes.iter().enumerate().filter(may_give);
         let donors: Vec<ClassId> = donors.map(|(position, _)| ClassId(position as u32)).collect();

@@ -33,6 +33,7 @@ pub(crate) struct Class {
 pub(crate) struct Tenant {
     pub(crate) name: Arc<str>,
     pub(crate) max_blocks: Option<u64>,
+    pub(crate) max_chunks: Option<usize>,
     /// Slots in use: resident, reserved, or removed but still read.
     pub(crate) slots: u64,
 }
@@ -58,6 +59,7 @@ impl Spaces {
         let tenant = |quota: &crate::TenantQuota| Tenant {
             name: quota.name.as_str().into(),
             max_blocks: quota.max_blocks,
+            max_chunks: quota.max_chunks,
             slots: 0,
         };
         Self {
@@ -132,7 +134,7 @@ impl Spaces {
         if !self.open_to_all {
             return Err(Refusal::UnknownTenant(name.to_owned()));
         }
-        self.tenants.push(Tenant { name: name.into(), max_blocks: None, slots: 0 });
+        self.tenants.push(Tenant { name: name.into(), max_blocks: None, max_chunks: None, slots: 0 });
         Ok(self.tenants.len() - 1)
     }
 

@@ -259,7 +259,7 @@ fn a_new_slot_size_gets_its_share_and_no_more() {
 
 #[test]
 fn a_tenant_at_its_quota_evicts_its_own_and_nobody_elses() {
-    let quota = |name: &str, max_blocks| TenantQuota { name: name.into(), max_blocks };
+    let quota = |name: &str, max_blocks| TenantQuota { name: name.into(), max_blocks, max_chunks: None };
     let mut server = Server::with(4, 4, vec![quota("big", None), quota("small", Some(3))]);
     let session = server.session();
     let (big, small) = (server.space(session, "big", 1), server.space(session, "small", 1));
@@ -318,4 +318,78 @@ fn a_chain_that_bites_its_tail_costs_bounded_time() {
     assert!(
         matches!(explained, Reply::Explained(states) if matches!(states[..], [BlockState::Resident { reachable: false, .. }]))
     );
+}
+
+/// Memory that one tenant's clients mapped is never another's: it is used again by the same tenant, or reported as stale.
+#[test]
+fn an_exported_chunk_changes_hands_only_as_other_memory() {
+    let mut server = Server::new(2, 4);
+    let session = server.session();
+    let (a, b) = (server.space(session, "a", 1), server.space(session, "b", 1));
+    let chain = |n: u8| (0..4).map(|i| BlockHash([n + i; 32])).collect::<Vec<_>>();
+    let store = |server: &mut Server, space, hashes: &[BlockHash]| {
+        let (reservation, _) = server.reserve(session, space, hashes);
+        let reservation = reservation.unwrap();
+        let slots = server.fill(session, reservation);
+        for slot in &slots {
+            assert_eq!(server.commit(reservation, slot.block), CommitOutcome::Committed);
+        }
+        server.apply(Event::EndFill(reservation));
+        slots[0].slot.chunk
+    };
+    let chunk = store(&mut server, a, &chain(0));
+    let lookup = Event::Lookup { session, space: a, hashes: &chain(0), ttl_ms: 50 };
+    let Reply::Found { lease: Some(lease), .. } = server.apply(lookup) else { panic!("resident") };
+    let elsewhere = Event::Export { session, lease, chunk: 1 - chunk };
+    assert_eq!(
+        server.apply(elsewhere),
+        Reply::Refused(Refusal::UnknownLease),
+        "no block of the lease is there"
+    );
+    assert_eq!(server.apply(Event::Export { session, lease, chunk }), Reply::Done);
+    server.apply(Event::Release { session, lease });
+    server.apply(Event::Flush(a));
+    // Its own tenant takes it again as it is, another takes the other one first.
+    assert_eq!(store(&mut server, b, &chain(50)), 1 - chunk);
+    assert_eq!(store(&mut server, a, &chain(100)), chunk);
+    server.apply(Event::Flush(a));
+    // Now only the exported one is left: b gets it, and it is stale in the very event that hands it over.
+    let hashes = chain(150);
+    let event = Event::Reserve { session, space: b, parent: None, hashes: &hashes, ttl_ms: 100 };
+    let effects = server.core.apply(Millis(server.now), event);
+    assert_eq!(effects.stale, [chunk]);
+    server.core.audit().unwrap();
+    let again = server.core.apply(Millis(server.now), Event::Tick);
+    assert!(again.stale.is_empty(), "once");
+}
+
+/// A quota in chunks holds whatever shapes a tenant's blocks have.
+#[test]
+fn many_shapes_of_one_tenant_take_no_more_chunks_than_it_may() {
+    let quota = |name: &str, max_chunks| TenantQuota { name: name.into(), max_blocks: None, max_chunks };
+    let mut server = Server::with(6, 8, vec![quota("a", Some(3)), quota("b", Some(3))]);
+    let session = server.session();
+    let mine = server.space(session, "a", 1);
+    let hashes: Vec<_> = (0..24).map(|i| BlockHash([i; 32])).collect();
+    let (reservation, grants) = server.reserve(session, mine, &hashes);
+    assert!(grants.iter().all(|grant| *grant == Grant::Granted), "three chunks of eight");
+    let reservation = reservation.unwrap();
+    for slot in server.fill(session, reservation) {
+        server.commit(reservation, slot.block);
+    }
+    server.apply(Event::EndFill(reservation));
+    for shape in 2..8u32 {
+        let space = server.space(session, "b", shape);
+        let hashes: Vec<_> = (0..6).map(|i| BlockHash([100 + i + shape as u8; 32])).collect();
+        let (reservation, _) = server.reserve(session, space, &hashes);
+        if let Some(reservation) = reservation {
+            for slot in server.fill(session, reservation) {
+                server.commit(reservation, slot.block);
+            }
+            server.apply(Event::EndFill(reservation));
+        }
+    }
+    let lookup = Event::Lookup { session, space: mine, hashes: &hashes, ttl_ms: 50 };
+    let Reply::Found { outcomes, .. } = server.apply(lookup) else { panic!("an answer") };
+    assert!(outcomes.iter().all(|outcome| outcome.is_hit()), "nothing of a was pushed out: {outcomes:?}");
 }

@@ -19,7 +19,7 @@ fn config(policy: PolicyKind, quota: Option<u64>) -> CoreConfig {
         slot_align_bytes: 4096,
         policy,
         admission: Admission::Always,
-        tenants: vec![TenantQuota { name: "t".into(), max_blocks: quota }],
+        tenants: vec![TenantQuota { name: "t".into(), max_blocks: quota, max_chunks: None }],
         history_entries: 64,
         max_leases_per_session: 4,
         max_reservations_per_session: 3,

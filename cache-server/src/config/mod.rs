@@ -141,6 +141,9 @@ pub struct TenantConfig {
     pub name: String,
     /// Blocks that it may hold in host memory at a time. Absent: no quota.
     pub max_blocks: Option<u64>,
+    /// Host memory that its blocks may take, in whole chunks. Shares that add up to no more than `host.capacity_mib` cannot be
+    /// taken by others. Absent: no quota.
+    pub max_mib: Option<u64>,
     /// A file with 32 bytes in hexadecimal: blocks of this tenant are encrypted on devices. Without the same key they cannot be
     /// read again.
     pub encryption_key_file: Option<PathBuf>,
@@ -263,7 +266,16 @@ impl Config {
             .checked_mul(MIB)
             .ok_or_else(|| ConfigError::Value("host.chunk_mib is too large".into()))?;
         let policy: PolicyKind = self.host.policy.parse().map_err(ConfigError::Value)?;
-        let quota = |t: &TenantConfig| TenantQuota { name: t.name.clone(), max_blocks: t.max_blocks };
+        let quota = |t: &TenantConfig| TenantQuota {
+            name: t.name.clone(),
+            max_blocks: t.max_blocks,
+            max_chunks: t.max_mib.map(|mib| usize::try_from(mib / chunk_mib).unwrap_or(usize::MAX)),
+        };
+        if let Some(tenant) = self.tenant.iter().find(|t| t.max_mib.is_some_and(|mib| mib < chunk_mib)) {
+            let text =
+                format!("tenant {:?}: max_mib must be at least host.chunk_mib ({chunk_mib})", tenant.name);
+            return Err(ConfigError::Value(text));
+        }
         Ok(CoreConfig {
             host_chunks,
             chunk_bytes,
