@@ -51,6 +51,9 @@ const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 const IDLE_TIMEOUT_MS: u32 = 15_000;
 const KEEPALIVE: Duration = Duration::from_secs(4);
 
+/// Longest farewell at the end of a server.
+const FAREWELL: Duration = Duration::from_millis(500);
+
 /// Blocks of a fetch in ranges that are gathered before the first leaves, in bytes.
 const GROUP_BYTES: usize = 256 << 20;
 
@@ -424,8 +427,11 @@ impl QuicServer {
         }
         tasks.close();
         tasks.wait().await;
-        server.endpoint.close(0u32.into(), b"the server is shutting down");
-        server.endpoint.wait_idle().await;
+        let endpoint = server.endpoint.clone();
+        drop(server);
+        endpoint.close(0u32.into(), b"the server is shutting down");
+        // So that clients hear of it. Those that vanished would take three probe timeouts.
+        let _ = tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await;
     }
 
     async fn serve(self: &Arc<Self>, connection: quinn::Connection) -> Result<(), Status> {
