@@ -74,6 +74,7 @@ pub enum ServerError {
 pub struct Server {
     address: SocketAddr,
     http_address: SocketAddr,
+    data_ip: std::net::IpAddr,
     context: Context,
     stop: CancellationToken,
     /// Ends the data connections, once the transfers in progress are over.
@@ -144,12 +145,20 @@ impl Server {
         let grpc = tokio::spawn(serve_grpc(context.clone(), connections));
         tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
         let grace = Duration::from_millis(config.server.shutdown_grace_ms);
-        Ok(Self { address, http_address, context, stop, data, grace, grpc, background })
+        let data_ip = config.wires.data_listen.ip();
+        Ok(Self { address, http_address, data_ip, context, stop, data, grace, grpc, background })
     }
 
     /// Where the gRPC services listen.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where the TLS and QUIC data paths listen, if there are any.
+    pub fn data_address(&self) -> Option<SocketAddr> {
+        let offers = self.context.wires.iter();
+        let port = offers.filter_map(|offer| offer.address.strip_prefix(':')?.parse().ok()).next()?;
+        Some(SocketAddr::new(self.data_ip, port))
     }
 
     /// Where metrics and health listen.
