@@ -1,6 +1,8 @@
 //! What the benches share: timing by medians, and the physical limits that each number is shown beside.
 
 pub mod disk;
+pub mod limits;
+pub mod peers;
 pub mod wire;
 
 use rayon::prelude::*;

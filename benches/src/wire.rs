@@ -1,25 +1,17 @@
-//! The limits of a wire on this machine: what loopback carries with no store behind it.
+//! The limit of gRPC on this machine: a stream of the same messages with no store behind it.
 
+use crate::limits::Tls;
 use cairn_proto::{limits, pb};
 use futures::{Stream, stream};
 use std::hint::black_box;
-use std::net::SocketAddr;
 use std::pin::Pin;
-use std::time::Instant;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tonic::transport::Channel;
+use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
 
 type Answer<T> = Result<Response<T>, Status>;
 type Chunks = Pin<Box<dyn Stream<Item = Result<pb::FetchChunk, Status>> + Send>>;
-
-/// Echo ends, listening on loopback.
-pub struct Limits {
-    tonic: pb::cache_client::CacheClient<Channel>,
-    tcp: SocketAddr,
-}
 
 /// Answers a fetch of `lease_id` bytes with that many bytes out of one buffer, in messages of the usual size.
 struct Bare(bytes::Bytes);
@@ -76,95 +68,49 @@ impl pb::cache_server::Cache for Bare {
     }
 }
 
-impl Limits {
-    /// Starts the echo ends; they end with the process.
-    ///
-    /// # Panics
-    /// When loopback cannot be listened on.
-    pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let grpc = listener.local_addr().expect("an address");
-        let bare = Bare(vec![5u8; limits::CHUNK_BYTES].into());
-        let service =
-            pb::cache_server::CacheServer::new(bare).max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-        tokio::spawn(
-            tonic::transport::Server::builder()
-                .initial_stream_window_size(8 << 20)
-                .initial_connection_window_size(32 << 20)
-                .add_service(service)
-                .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true))),
-        );
-        let endpoint =
-            tonic::transport::Endpoint::from_shared(format!("http://{grpc}")).expect("a valid endpoint");
-        let channel = endpoint
-            .tcp_nodelay(true)
-            .initial_stream_window_size(8 << 20)
-            .initial_connection_window_size(32 << 20)
-            .connect_lazy();
-        let tonic =
-            pb::cache_client::CacheClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let tcp = listener.local_addr().expect("an address");
-        tokio::spawn(async move {
-            while let Ok((mut socket, _)) = listener.accept().await {
-                socket.set_nodelay(true).expect("an option");
-                tokio::spawn(async move {
-                    let buffer = vec![5u8; limits::CHUNK_BYTES];
-                    while let Ok(mut left) = socket.read_u64().await {
-                        while left > 0 {
-                            let size = left.min(buffer.len() as u64);
-                            if socket.write_all(&buffer[..size as usize]).await.is_err() {
-                                return;
-                            }
-                            left -= size;
-                        }
-                    }
-                });
-            }
-        });
-        Self { tonic, tcp }
-    }
-
-    /// GB/s of a bare tonic stream: requests for `bytes` each, one after the other.
-    ///
-    /// # Panics
-    /// When the stream fails.
-    pub async fn tonic(&self, bytes: usize, repeats: usize) -> f64 {
-        let start = Instant::now();
-        for _ in 0..repeats {
-            let request = pb::FetchRequest { lease_id: bytes as u64, ..Default::default() };
-            let mut chunks = self.tonic.clone().fetch(request).await.expect("a stream").into_inner();
-            while let Some(chunk) = chunks.message().await.expect("a message") {
-                black_box(chunk);
-            }
-        }
-        (bytes * repeats) as f64 / start.elapsed().as_secs_f64() / 1e9
-    }
-
-    /// GB/s of a plain TCP stream, asked for in the same way, read into one buffer.
-    ///
-    /// # Panics
-    /// When the connection fails.
-    pub async fn tcp(&self, bytes: usize, repeats: usize) -> f64 {
-        let mut socket = TcpStream::connect(self.tcp).await.expect("connected");
-        socket.set_nodelay(true).expect("an option");
-        let mut buffer = vec![0u8; bytes];
-        let start = Instant::now();
-        for _ in 0..repeats {
-            socket.write_u64(bytes as u64).await.expect("sent");
-            socket.read_exact(&mut buffer).await.expect("received");
-        }
-        (bytes * repeats) as f64 / start.elapsed().as_secs_f64() / 1e9
-    }
+/// A tonic server with TLS and no store, and a client of it.
+///
+/// # Panics
+/// When loopback cannot be listened on.
+pub async fn bare_tonic(tls: &Tls) -> pb::cache_client::CacheClient<Channel> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    let bare = Bare(vec![5u8; limits::CHUNK_BYTES].into());
+    let service =
+        pb::cache_server::CacheServer::new(bare).max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
+    let read = |path: &std::path::Path| std::fs::read(path).expect("a file");
+    let identity = Identity::from_pem(read(&tls.certs.server.0), read(&tls.certs.server.1));
+    let server = tonic::transport::Server::builder()
+        .tls_config(ServerTlsConfig::new().identity(identity))
+        .expect("TLS")
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(32 << 20)
+        .add_service(service)
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+    tokio::spawn(server);
+    let ca = Certificate::from_pem(read(&tls.certs.ca));
+    let endpoint =
+        tonic::transport::Endpoint::from_shared(format!("https://{address}")).expect("an endpoint");
+    let channel = endpoint
+        .tls_config(ClientTlsConfig::new().ca_certificate(ca))
+        .expect("TLS")
+        .tcp_nodelay(true)
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(32 << 20)
+        .connect()
+        .await
+        .expect("connected");
+    pb::cache_client::CacheClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
 }
 
-/// GB/s of copying a buffer of that size.
-pub fn memcpy(bytes: usize, repeats: usize) -> f64 {
-    let source = vec![5u8; bytes];
-    let mut target = vec![0u8; bytes];
-    let start = Instant::now();
-    for _ in 0..repeats {
-        black_box(&mut target).copy_from_slice(black_box(&source));
+/// Asks a bare server for that many bytes, and drops them.
+///
+/// # Panics
+/// When the stream fails.
+pub async fn tonic_get(client: &pb::cache_client::CacheClient<Channel>, bytes: usize) {
+    let request = pb::FetchRequest { lease_id: bytes as u64, ..Default::default() };
+    let mut chunks = client.clone().fetch(request).await.expect("a stream").into_inner();
+    while let Some(chunk) = chunks.message().await.expect("a message") {
+        black_box(chunk);
     }
-    (bytes * repeats) as f64 / start.elapsed().as_secs_f64() / 1e9
 }

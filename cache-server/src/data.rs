@@ -49,6 +49,12 @@ impl Store for Context {
         Ok(response)
     }
 
+    fn reserve(&self, session: u64, request: &pb::ReserveRequest) -> Result<pb::ReserveResponse, Status> {
+        let found = self.sessions.find(session)?;
+        found.identity.require(Right::Publish)?;
+        self.grant(&found, SessionId(session), request)
+    }
+
     fn read(
         &self,
         wire: WireKind,

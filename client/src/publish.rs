@@ -115,6 +115,25 @@ fn failed(status: &Status) -> MissReason {
     reason(status)
 }
 
+/// Over the best wire if it can, else as a call.
+async fn ask(
+    connection: &Connection,
+    request: pb::ReserveRequest,
+    deadline: Instant,
+) -> Result<pb::ReserveResponse, Status> {
+    if let Some(wire) = connection.wires.order().first()
+        && let Some(answer) = wire.reserve(&request)
+    {
+        match tokio::time::timeout_at(deadline, answer).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(status)) if is_wires_fault(&status) => connection.wires.failed(wire.kind(), &status),
+            Ok(Err(status)) => return Err(status),
+            Err(_) => return Err(Status::deadline_exceeded("no answer in time")),
+        }
+    }
+    until(deadline, connection.grpc.clone().reserve(request)).await
+}
+
 /// Room for what is not stored yet; `None` when there is nothing to send.
 async fn reserve(
     connection: &Connection,
@@ -132,7 +151,7 @@ async fn reserve(
         block_hashes: BlockHash::concat(&hashes),
         ttl_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1),
     };
-    let answer = until(deadline, connection.grpc.clone().reserve(request)).await;
+    let answer = ask(connection, request, deadline).await;
     let answer = answer.map_err(|status| failed(&status))?;
     let grants = wire::parse_grants(&answer.grants, blocks.len());
     let grants = grants.map_err(|error| failed(&error.into()))?;

@@ -45,6 +45,8 @@ pub struct WiresConfig {
     pub quic: bool,
     /// UDP payload that QUIC starts with. Larger ones are found by probing.
     pub quic_initial_mtu: u16,
+    /// Largest UDP payload that QUIC probes for.
+    pub quic_max_mtu: u16,
     /// Bytes on their way in one stream; twice as many in all streams of a connection.
     pub quic_window_mib: u32,
     /// `cubic`, `newreno` or `bbr`.
@@ -88,6 +90,7 @@ impl Default for WiresConfig {
             tls: true,
             quic: true,
             quic_initial_mtu: MIN_MTU,
+            quic_max_mtu: MAX_MTU,
             quic_window_mib: 8,
             quic_congestion: "cubic".into(),
             quic_lanes: 4,
@@ -109,9 +112,11 @@ impl WiresConfig {
     /// When a value cannot work.
     pub(crate) fn quic(&self) -> Result<QuicOptions, ConfigError> {
         let wrong = |text: String| Err(ConfigError::Value(text));
-        if !(MIN_MTU..=MAX_MTU).contains(&self.quic_initial_mtu) {
-            let mtu = self.quic_initial_mtu;
-            return wrong(format!("wires.quic_initial_mtu is {mtu}; it must be {MIN_MTU} to {MAX_MTU}"));
+        let (initial, max) = (self.quic_initial_mtu, self.quic_max_mtu);
+        if initial < MIN_MTU || max < initial || max > MAX_MTU {
+            return wrong(format!(
+                "wires.quic_initial_mtu is {initial} and quic_max_mtu {max}; they must be {MIN_MTU} to {MAX_MTU}, in this order"
+            ));
         }
         if !(1..=1024).contains(&self.quic_window_mib) {
             return wrong(format!("wires.quic_window_mib is {}; it must be 1 to 1024", self.quic_window_mib));
@@ -120,7 +125,8 @@ impl WiresConfig {
             return wrong(format!("wires.quic_lanes is {}; it must be 1 to 64", self.quic_lanes));
         }
         Ok(QuicOptions {
-            initial_mtu: self.quic_initial_mtu,
+            initial_mtu: initial,
+            max_mtu: max,
             window_bytes: self.quic_window_mib << 20,
             congestion: self.quic_congestion.parse().map_err(ConfigError::Value)?,
             lanes: self.quic_lanes,

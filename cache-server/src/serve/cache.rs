@@ -2,8 +2,8 @@
 
 use super::{Context, fetch, publish, refused, session, unexpected};
 use crate::auth::Right;
-use cairn_core::{BlockState, Event, Grant, LeaseId, Reply, ReservationId, SessionId};
-use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, runs, wire};
+use cairn_core::{BlockState, Event, LeaseId, Reply, ReservationId, SessionId};
+use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, wire};
 use cairn_transfer::WireKind;
 use futures::Stream;
 use std::pin::Pin;
@@ -52,38 +52,9 @@ impl pb::cache_server::Cache for CacheService {
     }
 
     async fn reserve(&self, request: Request<pb::ReserveRequest>) -> Answer<pb::ReserveResponse> {
-        let started = Instant::now();
-        self.0.accepting()?;
-        let session = self.0.authorize(&request, request.get_ref().session_id, Right::Publish)?;
-        let request = request.into_inner();
-        let hashes = BlockHash::parse_list(&request.block_hashes)?;
-        let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
-        let space = SpaceId::try_from(request.space_id.as_ref())?;
-        session.require_space(&space)?;
-        let event = Event::Reserve {
-            session: SessionId(request.session_id),
-            space,
-            parent: wire::parse_parent(&request.parent_hash)?,
-            hashes: &hashes,
-            ttl_ms,
-        };
-        let reply = self.0.engine.apply(event).map_err(refused)?;
-        let Reply::Reserved { reservation, grants } = reply else {
-            return Err(unexpected());
-        };
-        let grant = |grant| match grant {
-            Grant::Granted => pb::Grant::Granted,
-            Grant::AlreadyStored => pb::Grant::AlreadyStored,
-            Grant::NoSpace => pb::Grant::NoSpace,
-            Grant::ParentMissing => pb::Grant::ParentMissing,
-        };
-        let packed = runs(&grants).map(|(count, run)| pb::GrantRun { count, grant: grant(run).into() });
-        self.0.metrics.observe("reserve", started);
-        Ok(Response::new(pb::ReserveResponse {
-            reservation_id: reservation.map_or(0, |reservation| reservation.0),
-            grants: packed.collect(),
-            ttl_ms,
-        }))
+        let id = request.get_ref().session_id;
+        let session = self.0.authorize(&request, id, Right::Publish)?;
+        self.0.grant(&session, SessionId(id), request.get_ref()).map(Response::new)
     }
 
     async fn publish(&self, request: Request<Streaming<pb::PublishChunk>>) -> Answer<pb::PublishResponse> {

@@ -13,8 +13,8 @@ use crate::auth::{Auth, Identity, Right};
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::sessions::{Session, Sessions};
-use cairn_core::{Event, LeaseId, Refusal, Reply, SessionId};
-use cairn_proto::{BlockHash, SpaceId, limits, pb, wire};
+use cairn_core::{Event, Grant, LeaseId, Refusal, Reply, SessionId};
+use cairn_proto::{BlockHash, SpaceId, limits, pb, runs, wire};
 use cairn_transfer::WireKind;
 use cairn_transfer::store::Limits;
 use std::sync::Arc;
@@ -95,6 +95,40 @@ impl Context {
             outcomes: wire::outcome_runs(&outcomes),
             checksums: checksums.iter().flat_map(|sum| sum.0).collect::<Vec<u8>>().into(),
             locations: Vec::new(),
+        })
+    }
+
+    /// Answers a reservation of an authorized session.
+    pub(crate) fn grant(
+        &self,
+        session: &Session,
+        id: SessionId,
+        request: &pb::ReserveRequest,
+    ) -> Result<pb::ReserveResponse, Status> {
+        let started = Instant::now();
+        self.accepting()?;
+        let hashes = BlockHash::parse_list(&request.block_hashes)?;
+        let ttl_ms = wire::clamp_ttl_ms(request.ttl_ms);
+        let space = SpaceId::try_from(request.space_id.as_ref())?;
+        session.require_space(&space)?;
+        let parent = wire::parse_parent(&request.parent_hash)?;
+        let event = Event::Reserve { session: id, space, parent, hashes: &hashes, ttl_ms };
+        let reply = self.engine.apply(event).map_err(refused)?;
+        let Reply::Reserved { reservation, grants } = reply else {
+            return Err(unexpected());
+        };
+        let grant = |grant| match grant {
+            Grant::Granted => pb::Grant::Granted,
+            Grant::AlreadyStored => pb::Grant::AlreadyStored,
+            Grant::NoSpace => pb::Grant::NoSpace,
+            Grant::ParentMissing => pb::Grant::ParentMissing,
+        };
+        let packed = runs(&grants).map(|(count, run)| pb::GrantRun { count, grant: grant(run).into() });
+        self.metrics.observe("reserve", started);
+        Ok(pb::ReserveResponse {
+            reservation_id: reservation.map_or(0, |reservation| reservation.0),
+            grants: packed.collect(),
+            ttl_ms,
         })
     }
 

@@ -35,6 +35,8 @@ pub(crate) mod kind {
     pub(crate) const STAGED: u8 = 38;
     pub(crate) const OFFER: u8 = 39;
     pub(crate) const TAKEN: u8 = 40;
+    pub(crate) const RESERVE: u8 = 41;
+    pub(crate) const RESERVED: u8 = 42;
 }
 
 const HEAD_BYTES: usize = 5;

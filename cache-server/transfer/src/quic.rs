@@ -1,6 +1,6 @@
-//! QUIC. A request has a bidirectional stream of its own; what is fetched comes on several unidirectional streams (lanes), each
-//! block on one of them, so that a lost packet holds up one lane and not all. If ranges (layers) are asked for, the first range of
-//! every block comes before the second of any.
+//! QUIC. A request has a bidirectional stream of its own, and whole blocks come back on it: that is as fast as the connection. If ranges
+//! (layers) are asked for, they come on several unidirectional streams (lanes), each block on one of them, the first range of every
+//! block before the second of any: so a lost packet holds up one lane, and a consumer can use the first layer early.
 //!
 //! 0-RTT is off: a replayed request could take a lease or fill a reservation.
 
@@ -8,13 +8,14 @@ use crate::Arrivals;
 use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::store::{Brought, Receiving, SessionKey, Store};
-use crate::stream::{lost, publish, take_pieces, within};
+use crate::stream::{self, lost, publish, take_pieces, within};
 use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use cairn_proto::{MissReason, limits, pb};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
+use prost::Message;
 use quinn::congestion::{BbrConfig, CubicConfig, NewRenoConfig};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use std::collections::HashMap;
@@ -62,6 +63,8 @@ const GROUP_BYTES: usize = 256 << 20;
 pub struct QuicOptions {
     /// UDP payload to start with. The path must carry it: 1200 always works, [`MAX_MTU`] wants loopback or jumbo frames.
     pub initial_mtu: u16,
+    /// Largest UDP payload that is probed for, at most [`MAX_MTU`].
+    pub max_mtu: u16,
     /// Bytes on their way in one stream, and in all together.
     pub window_bytes: u32,
     /// Who decides how fast to send.
@@ -96,7 +99,13 @@ impl std::str::FromStr for Congestion {
 
 impl Default for QuicOptions {
     fn default() -> Self {
-        Self { initial_mtu: MIN_MTU, window_bytes: 8 << 20, congestion: Congestion::Cubic, lanes: 4 }
+        Self {
+            initial_mtu: MIN_MTU,
+            max_mtu: MAX_MTU,
+            window_bytes: 8 << 20,
+            congestion: Congestion::Cubic,
+            lanes: 4,
+        }
     }
 }
 
@@ -104,9 +113,10 @@ impl QuicOptions {
     fn transport(&self) -> quinn::TransportConfig {
         let mut transport = quinn::TransportConfig::default();
         let mut discovery = quinn::MtuDiscoveryConfig::default();
-        discovery.upper_bound(MAX_MTU);
+        let max_mtu = self.max_mtu.clamp(MIN_MTU, MAX_MTU);
+        discovery.upper_bound(max_mtu);
         transport
-            .initial_mtu(self.initial_mtu.clamp(MIN_MTU, MAX_MTU))
+            .initial_mtu(self.initial_mtu.clamp(MIN_MTU, max_mtu))
             .mtu_discovery_config(Some(discovery))
             .stream_receive_window(self.window_bytes.into())
             .receive_window(self.window_bytes.saturating_mul(2).into())
@@ -126,7 +136,6 @@ impl QuicOptions {
     }
 }
 
-/// Why there is no QUIC endpoint.
 fn endpoint_config() -> quinn::EndpointConfig {
     let mut config = quinn::EndpointConfig::default();
     // Refused only below 1200.
@@ -248,7 +257,19 @@ impl QuicWire {
         Ok(Link::new(tokio::io::join(receive, send)))
     }
 
+    async fn ask<A: Message + Default>(
+        &self,
+        kind: u8,
+        question: &impl Message,
+        answer: u8,
+    ) -> Result<A, Status> {
+        stream::ask(&mut self.request().await?, kind, question, answer).await
+    }
+
     async fn fetch(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
+        if job.range_bytes == 0 {
+            return stream::fetch(&mut self.request().await?, job, arrivals).await;
+        }
         let transfer = self.last_transfer.fetch_add(1, Ordering::Relaxed) + 1;
         let (_expected, streams) = self.lanes.expect(transfer);
         let mut link = self.request().await?;
@@ -319,21 +340,27 @@ async fn receive_lane(
     arrivals: &tokio::sync::Mutex<&mut Arrivals<'_>>,
 ) -> Result<(), Status> {
     let mut head = BytesMut::with_capacity(LANE_HEAD_BYTES);
-    let (mut block, mut offset, mut left) = (0, 0, 0u32);
+    let (mut block, mut offset, mut len, mut left) = (0, 0, 0, 0);
     while let Some(chunk) = lane.read_chunk(limits::CHUNK_BYTES, true).await.map_err(broken)? {
         let mut bytes = chunk.bytes;
         while !bytes.is_empty() {
             if left == 0 {
                 head.put(bytes.split_to(bytes.len().min(LANE_HEAD_BYTES - head.len())));
                 if head.len() == LANE_HEAD_BYTES {
-                    (block, left, offset) = (head.get_u32_le(), head.get_u32_le(), head.get_u64_le());
+                    (block, len, offset) = (head.get_u32_le(), head.get_u32_le() as usize, head.get_u64_le());
+                    left = len;
                 }
                 continue;
             }
-            let part = bytes.split_to(bytes.len().min(left as usize));
-            arrivals.lock().await.accept(block, offset, &part)?;
-            offset += part.len() as u64;
-            left -= part.len() as u32;
+            let part = bytes.split_to(bytes.len().min(left));
+            let mut arrivals = arrivals.lock().await;
+            // Packets are small: the checksum is computed when the piece is whole, while it is still in the cache.
+            let start = len - left;
+            arrivals.room(block, offset, len)?[start..start + part.len()].copy_from_slice(&part);
+            left -= part.len();
+            if left == 0 {
+                arrivals.added(block, len)?;
+            }
         }
     }
     match left == 0 && head.is_empty() {
@@ -358,6 +385,20 @@ impl Wire for QuicWire {
     fn publish<'a>(&'a self, job: &'a PublishJob) -> BoxFuture<'a, Result<Vec<pb::BlockCommit>, Status>> {
         let work = async move { publish(&mut self.request().await?, job).await };
         work.boxed()
+    }
+
+    fn lookup<'a>(
+        &'a self,
+        request: &'a pb::LookupRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
+        Some(self.ask(kind::LOOKUP, request, kind::FOUND).boxed())
+    }
+
+    fn reserve<'a>(
+        &'a self,
+        request: &'a pb::ReserveRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::ReserveResponse, Status>>> {
+        Some(self.ask(kind::RESERVE, request, kind::RESERVED).boxed())
     }
 }
 
@@ -479,8 +520,15 @@ impl QuicServer {
         let limits = self.store.limits();
         match within(limits.idle_timeout, link.answer()).await? {
             Frame::Message(kind::FETCH, body) => {
-                let work = self.send(link, connection, session, decode(body)?);
-                within(limits.fetch_timeout, work).await
+                let request: pb::FetchRequest = decode(body)?;
+                if request.range_bytes == 0 {
+                    let work = stream::send(&self.store, link, WireKind::Quic, session, &request);
+                    return within(limits.fetch_timeout, work).await;
+                }
+                within(limits.fetch_timeout, self.send(link, connection, session, request)).await
+            }
+            Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
+                stream::answer(&self.store, link, session, (kind, body)).await
             }
             Frame::Message(kind::PUBLISH, body) => {
                 let request: pb::PublishHeader = decode(body)?;
@@ -545,7 +593,6 @@ type Piece = (u32, u64, Bytes);
 
 /// Blocks that are sent together, range by range.
 struct Group {
-    /// 0: one block at a time.
     range_bytes: usize,
     blocks: Vec<(u32, Bytes)>,
     bytes: usize,
@@ -558,12 +605,13 @@ impl Group {
     }
 
     fn is_full(&self) -> bool {
-        self.range_bytes == 0 || self.bytes >= GROUP_BYTES
+        self.bytes >= GROUP_BYTES
     }
 
     async fn send(&mut self, lanes: &[mpsc::Sender<Piece>]) -> Result<(), Status> {
         let longest = self.blocks.iter().map(|(_, bytes)| bytes.len()).max().unwrap_or(0);
-        let step = if self.range_bytes == 0 { limits::CHUNK_BYTES } else { self.range_bytes };
+        // A piece is never larger than others may send.
+        let step = self.range_bytes.clamp(1, limits::CHUNK_BYTES);
         for start in (0..longest).step_by(step) {
             for (block, bytes) in &self.blocks {
                 let end = bytes.len().min(start + step);

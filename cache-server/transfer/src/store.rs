@@ -56,6 +56,12 @@ pub trait Store: Send + Sync + 'static {
         locate: bool,
     ) -> Result<pb::LookupResponse, Status>;
 
+    /// Answers a reservation.
+    ///
+    /// # Errors
+    /// See the API.
+    fn reserve(&self, session: u64, request: &pb::ReserveRequest) -> Result<pb::ReserveResponse, Status>;
+
     /// Starts to read leased blocks.
     ///
     /// # Errors

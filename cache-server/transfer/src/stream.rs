@@ -8,6 +8,7 @@ use crate::wire::{FetchJob, PublishJob, WireKind};
 use bytes::Bytes;
 use cairn_proto::{MissReason, limits, pb};
 use futures::StreamExt;
+use prost::Message;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -113,6 +114,11 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<(), Status> {
     while let Some(frame) = link.next().await? {
         match frame {
+            Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
+                if let Err(status) = answer(store, link, session, (kind, body)).await {
+                    link.fail(&status).await?;
+                }
+            }
             Frame::Message(kind::FETCH, body) => {
                 let request: pb::FetchRequest = decode(body)?;
                 let timeout = store.limits().fetch_timeout;
@@ -142,6 +148,32 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(())
 }
 
+/// What takes one message to ask and one to answer.
+pub(crate) async fn answer<S: AsyncRead + AsyncWrite + Unpin>(
+    store: &Arc<dyn Store>,
+    link: &mut Link<S>,
+    session: u64,
+    (kind, body): (u8, Bytes),
+) -> Result<(), Status> {
+    if kind == kind::LOOKUP {
+        let found = store.lookup(session, &decode(body)?, false)?;
+        return link.send(kind::FOUND, &found).await;
+    }
+    let reserved = store.reserve(session, &decode(body)?)?;
+    link.send(kind::RESERVED, &reserved).await
+}
+
+/// The client's side of that.
+pub(crate) async fn ask<S: AsyncRead + AsyncWrite + Unpin, A: Message + Default>(
+    link: &mut Link<S>,
+    kind: u8,
+    question: &impl Message,
+    answer: u8,
+) -> Result<A, Status> {
+    link.send(kind, question).await?;
+    link.answer().await?.expect(answer)
+}
+
 /// Whether the connection is fine and only the request is not.
 pub(crate) fn is_refusal(status: &Status) -> bool {
     !matches!(status.code(), tonic::Code::Unavailable | tonic::Code::DeadlineExceeded)
@@ -158,7 +190,7 @@ pub(crate) async fn within<T>(
     }
 }
 
-async fn send<S: AsyncRead + AsyncWrite + Unpin>(
+pub(crate) async fn send<S: AsyncRead + AsyncWrite + Unpin>(
     store: &Arc<dyn Store>,
     link: &mut Link<S>,
     wire: WireKind,

@@ -2,7 +2,7 @@
 //! CPU for the same bytes, because every packet is encrypted, sent and acknowledged by itself in user space.
 
 use crate::Arrivals;
-use crate::frame::Link;
+use crate::frame::{Link, kind};
 use crate::handshake;
 use crate::pool::Pool;
 use crate::store::{SessionKey, Store};
@@ -11,6 +11,7 @@ use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
 use cairn_proto::pb;
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use prost::Message;
 use rustls::pki_types::ServerName;
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,6 +79,22 @@ impl TlsWire {
         Ok(link)
     }
 
+    async fn ask<A: Message + Default>(
+        &self,
+        kind: u8,
+        question: &impl Message,
+        answer: u8,
+    ) -> Result<A, Status> {
+        let mut taken = self.pool.take().await?;
+        let mut link = self.taken(taken.connection()).await?;
+        let answer = stream::ask(&mut link, kind, question, answer).await;
+        // A refusal leaves the connection as it was.
+        if link.is_clean() {
+            self.pool.give_back(link);
+        }
+        answer
+    }
+
     async fn taken(
         &self,
         idle: Option<Link<client::TlsStream<TcpStream>>>,
@@ -123,6 +140,20 @@ impl Wire for TlsWire {
             Ok(commits)
         };
         work.boxed()
+    }
+
+    fn lookup<'a>(
+        &'a self,
+        request: &'a pb::LookupRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
+        Some(self.ask(kind::LOOKUP, request, kind::FOUND).boxed())
+    }
+
+    fn reserve<'a>(
+        &'a self,
+        request: &'a pb::ReserveRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::ReserveResponse, Status>>> {
+        Some(self.ask(kind::RESERVE, request, kind::RESERVED).boxed())
     }
 }
 

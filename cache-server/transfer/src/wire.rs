@@ -137,4 +137,12 @@ pub trait Wire: Send + Sync {
     ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
         None
     }
+
+    /// Likewise for a reservation.
+    fn reserve<'a>(
+        &'a self,
+        _request: &'a pb::ReserveRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::ReserveResponse, Status>>> {
+        None
+    }
 }

@@ -8,11 +8,12 @@ use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::pool::Pool;
 use crate::store::{Location, SessionKey};
-use crate::stream::lost;
+use crate::stream::{self, lost};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, limits, pb};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use prost::Message;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -257,6 +258,23 @@ impl Inner {
         Ok(())
     }
 
+    /// One question, one answer.
+    async fn ask<A: Message + Default>(
+        &self,
+        kind: u8,
+        question: &impl Message,
+        answer: u8,
+    ) -> Result<A, Status> {
+        let mut taken = self.pool.take().await?;
+        let mut connection = self.connected(taken.connection()).await?;
+        let answer = stream::ask(&mut connection.link, kind, question, answer).await;
+        // A refusal leaves the connection as it was.
+        if connection.link.is_clean() {
+            self.pool.give_back(connection);
+        }
+        answer
+    }
+
     async fn publish(&self, job: &PublishJob) -> Result<Vec<pb::BlockCommit>, Status> {
         let mut taken = self.pool.take().await?;
         let Connection { mut link, staging } = self.connected(taken.connection()).await?;
@@ -376,18 +394,14 @@ impl Wire for ShmWire {
         &'a self,
         request: &'a pb::LookupRequest,
     ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
-        let work = async move {
-            let mut taken = self.0.pool.take().await?;
-            let mut connection = self.0.connected(taken.connection()).await?;
-            connection.link.send(kind::LOOKUP, request).await?;
-            let answer = connection.link.answer().await?.expect(kind::FOUND);
-            // A refusal leaves the connection as it was.
-            if connection.link.is_clean() {
-                self.0.pool.give_back(connection);
-            }
-            answer
-        };
-        Some(work.boxed())
+        Some(self.0.ask(kind::LOOKUP, request, kind::FOUND).boxed())
+    }
+
+    fn reserve<'a>(
+        &'a self,
+        request: &'a pb::ReserveRequest,
+    ) -> Option<BoxFuture<'a, Result<pb::ReserveResponse, Status>>> {
+        Some(self.0.ask(kind::RESERVE, request, kind::RESERVED).boxed())
     }
 }
 

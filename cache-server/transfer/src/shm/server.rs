@@ -183,6 +183,7 @@ impl Connection {
             let Frame::Message(kind, body) = frame else { return Err(frame.unexpected()) };
             let result = match kind {
                 kind::LOOKUP => self.lookup(&decode(body)?).await,
+                kind::RESERVE => self.reserve(&decode(body)?).await,
                 kind::MAP => self.map(decode(body)?).await,
                 kind::FETCH => {
                     let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
@@ -223,6 +224,11 @@ impl Connection {
     async fn lookup(&mut self, request: &pb::LookupRequest) -> Result<(), Status> {
         let response = self.store.lookup(self.session, request, true)?;
         self.link.send(kind::FOUND, &response).await
+    }
+
+    async fn reserve(&mut self, request: &pb::ReserveRequest) -> Result<(), Status> {
+        let response = self.store.reserve(self.session, request)?;
+        self.link.send(kind::RESERVED, &response).await
     }
 
     async fn map(&mut self, request: pb::MapRequest) -> Result<(), Status> {

@@ -1,0 +1,256 @@
+//! What a wire could do at best on this machine: the same bytes through loopback with no store and no verification.
+
+use cairn_proto::limits::CHUNK_BYTES;
+use cairn_transfer::quic::MAX_MTU;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+/// Certificates of a run.
+pub struct Tls {
+    /// Its files.
+    pub certs: cairn_server::certs::Certs,
+    _folder: tempfile::TempDir,
+}
+
+impl Tls {
+    /// For loopback.
+    ///
+    /// # Panics
+    /// When they cannot be made.
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let options = cairn_server::certs::CertsOptions {
+            dir: folder.path().to_owned(),
+            hosts: vec!["127.0.0.1".into()],
+            valid: Duration::from_secs(86_400),
+        };
+        Self { certs: cairn_server::certs::make(&options).expect("certificates"), _folder: folder }
+    }
+
+    fn chain(path: &PathBuf) -> Vec<CertificateDer<'static>> {
+        let pem = std::fs::read(path).expect("a file");
+        CertificateDer::pem_slice_iter(&pem).map(|one| one.expect("a certificate")).collect()
+    }
+
+    /// Of the server's side.
+    ///
+    /// # Panics
+    /// When a file is gone.
+    pub fn server(&self) -> rustls::ServerConfig {
+        let key = std::fs::read(&self.certs.server.1).expect("a file");
+        let key = PrivateKeyDer::from_pem_slice(&key).expect("a key");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .with_no_client_auth()
+            .with_single_cert(Self::chain(&self.certs.server.0), key)
+            .expect("a certificate")
+    }
+
+    /// Of the client's side.
+    ///
+    /// # Panics
+    /// When a file is gone.
+    pub fn client(&self) -> rustls::ClientConfig {
+        let mut roots = rustls::RootCertStore::empty();
+        Self::chain(&self.certs.ca).into_iter().for_each(|one| roots.add(one).expect("a certificate"));
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .with_root_certificates(roots)
+            .with_no_client_auth()
+    }
+}
+
+impl Default for Tls {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Answers each 8-byte request for n bytes with that many.
+async fn answer<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S) {
+    let buffer = vec![5u8; CHUNK_BYTES];
+    while let Ok(mut left) = socket.read_u64().await {
+        while left > 0 {
+            let size = left.min(buffer.len() as u64);
+            if socket.write_all(&buffer[..size as usize]).await.is_err() {
+                return;
+            }
+            left -= size;
+        }
+        let _ = socket.flush().await;
+    }
+}
+
+/// One connection to a bare server.
+pub enum Bare {
+    /// Plain TCP.
+    Tcp(TcpStream),
+    /// A Unix socket.
+    Unix(UnixStream),
+    /// TLS over TCP.
+    Tls(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    /// A QUIC connection.
+    Quic(quinn::Connection, quinn::Endpoint),
+}
+
+impl Bare {
+    /// Asks for as many bytes as the buffer holds, and waits for them.
+    ///
+    /// # Panics
+    /// When the connection breaks.
+    pub async fn get(&mut self, buffer: &mut [u8]) {
+        async fn ask<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S, buffer: &mut [u8]) {
+            socket.write_all(&(buffer.len() as u64).to_be_bytes()).await.expect("sent");
+            socket.flush().await.expect("sent");
+            socket.read_exact(buffer).await.expect("received");
+        }
+        match self {
+            Self::Tcp(socket) => ask(socket, buffer).await,
+            Self::Unix(socket) => ask(socket, buffer).await,
+            Self::Tls(socket) => ask(&mut **socket, buffer).await,
+            Self::Quic(connection, _) => {
+                let (mut send, mut receive) = connection.open_bi().await.expect("a stream");
+                send.write_all(&(buffer.len() as u64).to_be_bytes()).await.expect("sent");
+                receive.read_exact(buffer).await.expect("received");
+            }
+        }
+    }
+}
+
+/// Bare servers, until the process ends.
+pub struct Servers {
+    tcp: SocketAddr,
+    tls: SocketAddr,
+    unix: PathBuf,
+    quic: SocketAddr,
+    mtu: u16,
+    client: rustls::ClientConfig,
+    _folder: tempfile::TempDir,
+}
+
+/// The same settings as Cairn's own.
+fn transport(mtu: u16) -> quinn::TransportConfig {
+    let mut transport = quinn::TransportConfig::default();
+    let mut discovery = quinn::MtuDiscoveryConfig::default();
+    discovery.upper_bound(mtu);
+    transport
+        .initial_mtu(1200)
+        .mtu_discovery_config(Some(discovery))
+        .stream_receive_window((8u32 << 20).into())
+        .receive_window((16u32 << 20).into())
+        .send_window(16 << 20);
+    transport
+}
+
+fn udp() -> std::net::UdpSocket {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let _ = rustix::net::sockopt::set_socket_send_buffer_size(&socket, 4 << 20);
+    let _ = rustix::net::sockopt::set_socket_recv_buffer_size(&socket, 4 << 20);
+    socket
+}
+
+fn endpoint_config() -> quinn::EndpointConfig {
+    let mut config = quinn::EndpointConfig::default();
+    config.max_udp_payload_size(MAX_MTU).expect("a valid size");
+    config
+}
+
+impl Servers {
+    /// Starts all of them; QUIC sends packets of up to `mtu` bytes.
+    ///
+    /// # Panics
+    /// When loopback cannot be listened on.
+    pub async fn start(tls: &Tls, mtu: u16) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let tcp = listener.local_addr().expect("an address");
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                socket.set_nodelay(true).expect("an option");
+                tokio::spawn(answer(socket));
+            }
+        });
+        let unix = folder.path().join("bare.sock");
+        let listener = UnixListener::bind(&unix).expect("a socket");
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                tokio::spawn(answer(socket));
+            }
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let secure = listener.local_addr().expect("an address");
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(tls.server()));
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                socket.set_nodelay(true).expect("an option");
+                let acceptor = acceptor.clone();
+                tokio::spawn(async move { answer(acceptor.accept(socket).await.expect("TLS")).await });
+            }
+        });
+        let quic = Self::quic_server(tls, mtu);
+        Self { tcp, tls: secure, unix, quic, mtu, client: tls.client(), _folder: folder }
+    }
+
+    fn quic_server(tls: &Tls, mtu: u16) -> SocketAddr {
+        let mut server = tls.server();
+        server.alpn_protocols = vec![b"bare".to_vec()];
+        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(server).expect("TLS for QUIC");
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        config.transport_config(Arc::new(transport(mtu)));
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let endpoint = quinn::Endpoint::new(endpoint_config(), Some(config), udp(), runtime);
+        let endpoint = endpoint.expect("an endpoint");
+        let address = endpoint.local_addr().expect("an address");
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                tokio::spawn(async move {
+                    let connection = incoming.await.expect("a connection");
+                    while let Ok((send, receive)) = connection.accept_bi().await {
+                        tokio::spawn(answer(tokio::io::join(receive, send)));
+                    }
+                });
+            }
+        });
+        address
+    }
+
+    /// A connection of each kind.
+    ///
+    /// # Panics
+    /// When it cannot be had.
+    pub async fn connect(&self) -> Vec<(&'static str, Bare)> {
+        let tcp = TcpStream::connect(self.tcp).await.expect("connected");
+        tcp.set_nodelay(true).expect("an option");
+        let socket = TcpStream::connect(self.tls).await.expect("connected");
+        socket.set_nodelay(true).expect("an option");
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(self.client.clone()));
+        let name = ServerName::try_from("127.0.0.1").expect("a name");
+        let tls = connector.connect(name, socket).await.expect("TLS");
+        let mut client = self.client.clone();
+        client.alpn_protocols = vec![b"bare".to_vec()];
+        let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(client).expect("TLS for QUIC");
+        let mut config = quinn::ClientConfig::new(Arc::new(crypto));
+        config.transport_config(Arc::new(transport(self.mtu)));
+        let endpoint =
+            quinn::Endpoint::new(endpoint_config(), None, udp(), Arc::new(quinn::TokioRuntime)).expect("UDP");
+        let connecting = endpoint.connect_with(config, self.quic, "127.0.0.1").expect("an address");
+        let connection = connecting.await.expect("connected");
+        let unix = UnixStream::connect(&self.unix).await.expect("connected");
+        vec![
+            ("raw unix socket", Bare::Unix(unix)),
+            ("raw tcp", Bare::Tcp(tcp)),
+            ("bare tls", Bare::Tls(Box::new(tls))),
+            ("bare quinn", Bare::Quic(connection, endpoint)),
+        ]
+    }
+}
