@@ -85,6 +85,20 @@ impl Site {
         CacheClient::start(options).expect("good options")
     }
 
+    /// A session by hand, as soon as there is room for its connection.
+    ///
+    /// # Panics
+    /// When there is none for ten seconds.
+    pub async fn session_when_possible(&self) -> Session {
+        for _ in 0..100 {
+            if let Ok(session) = Session::try_open(&self.server, &self.certs.ca, None).await {
+                return session;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("no room for a session");
+    }
+
     /// A session by hand.
     pub async fn session(&self) -> Session {
         Session::open(&self.server, &self.certs.ca).await
@@ -120,21 +134,30 @@ impl Session {
     /// # Panics
     /// When the server does not.
     pub async fn open_with(server: &Server, ca: &Path, token: Option<&str>) -> Self {
+        Self::try_open(server, ca, token).await.expect("a session")
+    }
+
+    async fn try_open(server: &Server, ca: &Path, token: Option<&str>) -> Result<Self, tonic::Status> {
         let pem = std::fs::read(ca).expect("a certificate");
         let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem));
         let endpoint = Endpoint::from_shared(format!("https://{}", server.address())).expect("an endpoint");
-        let channel: Channel = endpoint.tls_config(tls).expect("TLS").connect().await.expect("a connection");
+        let channel: Channel = endpoint
+            .tls_config(tls)
+            .expect("TLS")
+            .connect()
+            .await
+            .map_err(|e| tonic::Status::unavailable(e.to_string()))?;
         let bearer = Bearer::new(token).expect("a token");
         let mut api = Api::new(InterceptedService::new(channel, bearer))
             .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
         let request = pb::SessionRequest { client_name: "by hand".into(), api_version: limits::API_VERSION };
-        let mut events = api.session(request).await.expect("a session").into_inner();
+        let mut events = api.session(request).await?.into_inner();
         let first = events.message().await.expect("an event").expect("an event").event;
         let Some(pb::session_event::Event::Opened(opened)) = first else { panic!("{first:?}") };
         let key = opened.session_key.as_ref().try_into().expect("32 bytes");
         let (id, offers) = (opened.session_id, opened.wires);
-        Self { api, id, key, offers, events, ca: ca.to_owned() }
+        Ok(Self { api, id, key, offers, events, ca: ca.to_owned() })
     }
 
     /// Where the server offers a wire.
