@@ -3,7 +3,9 @@
 //!
 //! `cargo bench -p cairn-bench --bench transfer -- [--block KIB] [--batch N] [--clients N] [--seconds S] [--mooncake PYTHON] [--redis PORT] [--mtu BYTES]`
 //!
-//! A get is a lookup and a fetch of the whole batch, and for the bare ones a request and its answer. CPU counts both ends.
+//! A get is a lookup and a fetch of the whole batch, a fetch is that alone, a put a reservation and a publish; for the bare ones a request for as many
+//! bytes and its answer. A view is the time until the blocks can be read in place: they are verified when they are first read, which is
+//! not in it. CPU counts both ends.
 
 use cairn_bench::limits::{Bare, Servers, Tls};
 use cairn_bench::peers::{Mooncake, Redis};
@@ -105,11 +107,9 @@ impl Subject {
                 }
             }
             Self::Bare(bare) => {
-                for target in targets {
-                    bare.get(target).await;
-                }
+                bare.get(targets).await;
             }
-            Self::PingPong(bare) => bare.get(&mut [0; 64]).await,
+            Self::PingPong(bare) => bare.get(&mut [vec![0; 64]]).await,
             Self::Tonic(client) => wire::tonic_get(client, bytes).await,
             Self::Get(client, space, names) => {
                 let run = client.lookup(space, names).await.run.expect("resident");
@@ -231,7 +231,7 @@ impl Site {
         let any = ([127, 0, 0, 1], 0).into();
         config.server.listen = any;
         config.server.http_listen = any;
-        config.wires.data_listen = any;
+        config.wires.data_listen = Some(any);
         config.tls.cert_file = Some(tls.certs.server.0.clone());
         config.tls.key_file = Some(tls.certs.server.1.clone());
         config.wires.quic_max_mtu = settings().mtu.unwrap_or(config.wires.quic_max_mtu);
@@ -306,6 +306,8 @@ async fn table(site: &Site, settings: &Settings, (block_kib, batch, clients): (u
     let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); subjects.len()];
     for _ in 0..settings.rounds {
         for ((name, subject), samples) in subjects.iter_mut().zip(&mut samples) {
+            // So that every byte below came from this one.
+            memory.iter_mut().flatten().for_each(|target| target.fill(0xEE));
             // The first one is not counted: connections warm up, chunks are mapped.
             measure(subject, &mut memory, settings.seconds / 10.0).await;
             samples.push(measure(subject, &mut memory, settings.seconds).await);

@@ -104,26 +104,29 @@ pub enum Bare {
 }
 
 impl Bare {
-    /// Asks for as many bytes as the buffer holds, and waits for them.
+    /// Asks once for as many bytes as the buffers hold together, and waits for them.
     ///
     /// # Panics
     /// When the connection breaks.
-    pub async fn get(&mut self, buffer: &mut [u8]) {
-        async fn ask<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S, buffer: &mut [u8]) {
-            socket.write_all(&(buffer.len() as u64).to_be_bytes()).await.expect("sent");
-            socket.flush().await.expect("sent");
-            socket.read_exact(buffer).await.expect("received");
-        }
+    pub async fn get(&mut self, buffers: &mut [Vec<u8>]) {
         match self {
-            Self::Tcp(socket) => ask(socket, buffer).await,
-            Self::Unix(socket) => ask(socket, buffer).await,
-            Self::Tls(socket) => ask(&mut **socket, buffer).await,
+            Self::Tcp(socket) => ask(socket, buffers).await,
+            Self::Unix(socket) => ask(socket, buffers).await,
+            Self::Tls(socket) => ask(&mut **socket, buffers).await,
             Self::Quic(connection, _) => {
-                let (mut send, mut receive) = connection.open_bi().await.expect("a stream");
-                send.write_all(&(buffer.len() as u64).to_be_bytes()).await.expect("sent");
-                receive.read_exact(buffer).await.expect("received");
+                let (send, receive) = connection.open_bi().await.expect("a stream");
+                ask(&mut tokio::io::join(receive, send), buffers).await;
             }
         }
+    }
+}
+
+async fn ask<S: AsyncRead + AsyncWrite + Unpin>(socket: &mut S, buffers: &mut [Vec<u8>]) {
+    let bytes: usize = buffers.iter().map(Vec::len).sum();
+    socket.write_all(&(bytes as u64).to_be_bytes()).await.expect("sent");
+    socket.flush().await.expect("sent");
+    for buffer in buffers {
+        socket.read_exact(buffer).await.expect("received");
     }
 }
 

@@ -51,6 +51,20 @@ impl Identity {
     }
 
     /// # Errors
+    /// When the token may do nothing with blocks, and nothing else.
+    pub(crate) fn require_any(&self) -> Result<(), Status> {
+        match self.rights.contains(&true) {
+            true => Ok(()),
+            false => Err(Status::permission_denied("the token carries no right")),
+        }
+    }
+
+    /// Whether it came with a token.
+    pub(crate) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// # Errors
     /// When the space is another tenant's.
     pub(crate) fn require_tenant(&self, space: &KeySpace) -> Result<(), Status> {
         if self.is_tenant(&space.parts().tenant) {

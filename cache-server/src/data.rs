@@ -3,7 +3,7 @@
 use crate::auth::Right;
 use crate::engine::FillBlock;
 use crate::serve::{Context, fetch, refused, unexpected};
-use cairn_core::{CommitOutcome, Event, LeaseId, ReservationId, SessionId};
+use cairn_core::{CommitOutcome, LeaseId, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
 use cairn_transfer::WireKind;
 use cairn_transfer::store::{Filling, Hold, Limits, Reading, SessionKey, Slot, Store};
@@ -43,7 +43,8 @@ impl Store for Context {
             let lease = LeaseId(response.lease_id);
             let slots = self.engine.inspect(|core| core.slots(SessionId(session), lease));
             let arena = self.engine.arena();
-            let place = |slot: Option<_>| slot.map_or(0, |slot| arena.location(slot).0);
+            let place =
+                |slot: Option<_>| slot.and_then(|slot| arena.location(slot)).map_or(0, |place| place.0);
             response.locations = slots.into_iter().map(place).collect();
         }
         Ok(response)
@@ -88,8 +89,10 @@ impl Store for Context {
     fn export(&self, session: u64, lease: u64, chunk: u64) -> Result<(OwnedFd, u64), Status> {
         let gone = || refused(cairn_core::Refusal::UnknownLease);
         let index = self.engine.arena().find(chunk).ok_or_else(gone)?;
-        let event = Event::Export { session: SessionId(session), lease: LeaseId(lease), chunk: index };
-        self.engine.apply(event).map_err(refused)?;
+        let held = self.engine.inspect(|core| core.is_in_chunk(SessionId(session), LeaseId(lease), index));
+        if !held {
+            return Err(gone());
+        }
         let exported = self.engine.arena().export(chunk);
         exported.map_err(|error| Status::resource_exhausted(error.to_string()))?.ok_or_else(gone)
     }

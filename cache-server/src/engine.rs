@@ -298,7 +298,7 @@ impl Engine {
 
 /// A block as it lies in host memory.
 pub(crate) fn brought(bytes: SlotBytes) -> Brought {
-    let location = Some(bytes.location());
+    let location = bytes.location();
     Brought { bytes: Bytes::from_owner(bytes), location }
 }
 

@@ -1,9 +1,11 @@
-//! The door of the gRPC port: TLS if configured, a bound on connections, and no patience for peers that connect and then say nothing.
+//! The door of the gRPC port: TLS if configured, a bound on connections, and no patience for peers that connect and then do not say who
+//! they are.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -12,13 +14,25 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Sleep;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
-/// From the connection to the end of the TLS handshake, and from there to the first bytes of HTTP/2.
+/// From the connection to the end of the TLS handshake, and from there to the first call with a token that is good (or any, where none
+/// is asked for).
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The HTTP/2 connection preface (RFC 9113, section 3.4).
-const PREFACE_BYTES: usize = 24;
+/// Whether a connection's peer has shown who it is. In the extensions of every request.
+#[derive(Clone, Default)]
+pub(crate) struct Known(Arc<AtomicBool>);
+
+impl Known {
+    pub(crate) fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// Connections that are ready and not yet taken up.
 const QUEUE: usize = 64;
@@ -82,26 +96,24 @@ enum Io {
 /// One client's connection.
 pub(crate) struct Connection {
     io: Io,
-    /// Until the preface is there.
-    patience: Option<(Pin<Box<Sleep>>, usize)>,
+    known: Known,
+    /// Until the peer is known.
+    patience: Option<Pin<Box<Sleep>>>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Connection {
     fn new(io: Io, permit: OwnedSemaphorePermit) -> Self {
-        let patience = Some((Box::pin(tokio::time::sleep(PATIENCE)), 0));
-        Self { io, patience, _permit: permit }
+        let patience = Some(Box::pin(tokio::time::sleep(PATIENCE)));
+        Self { io, known: Known::default(), patience, _permit: permit }
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Known;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        match &self.io {
-            Io::Plain(socket) => socket.connect_info(),
-            Io::Tls(stream) => stream.get_ref().0.connect_info(),
-        }
+    fn connect_info(&self) -> Known {
+        self.known.clone()
     }
 }
 
@@ -111,18 +123,16 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
         let read = match &mut self.io {
             Io::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
             Io::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
         };
-        if let Some((sleep, received)) = &mut self.patience {
-            *received += buffer.filled().len() - before;
-            if *received >= PREFACE_BYTES {
-                self.patience = None;
-            } else if sleep.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
+        if self.known.get() {
+            self.patience = None;
+        } else if let Some(patience) = &mut self.patience
+            && patience.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         read
     }

@@ -3,7 +3,7 @@
 use crate::auth::Auth;
 use crate::config::Config;
 use crate::engine::{Engine, EngineError};
-use crate::listen::{self, Connection};
+use crate::listen::{self, Connection, Known};
 use crate::metrics::Metrics;
 use crate::serve::{AdminService, CacheService, Context};
 use crate::tiers::nvme::fault::Faults;
@@ -28,6 +28,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::service::interceptor::InterceptedService;
 
 /// How often expired leases and reservations are collected when nothing else happens.
 const TICK: Duration = Duration::from_millis(100);
@@ -116,6 +117,7 @@ impl Server {
             draining: stop.clone(),
             transfers: TaskTracker::new(),
             max_sessions: config.limits.max_sessions,
+            max_sessions_per_token: config.limits.max_sessions_per_token,
             limits: Limits {
                 fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
                 idle_timeout: Duration::from_millis(config.limits.publish_idle_ms),
@@ -145,7 +147,7 @@ impl Server {
         let grpc = tokio::spawn(serve_grpc(context.clone(), connections));
         tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
         let grace = Duration::from_millis(config.server.shutdown_grace_ms);
-        let data_ip = config.wires.data_listen.ip();
+        let data_ip = config.wires.data_address(config.server.listen).ip();
         Ok(Self { address, http_address, data_ip, context, stop, data, grace, grpc, background })
     }
 
@@ -258,11 +260,24 @@ async fn serve_grpc(
     mut connections: mpsc::Receiver<std::io::Result<Connection>>,
 ) -> Result<(), tonic::transport::Error> {
     let stop = context.draining.clone();
+    // Before anything of a message is read.
+    let door = {
+        let auth = context.auth.clone();
+        move |request: tonic::Request<()>| {
+            auth.identify(request.metadata())?;
+            if let Some(known) = request.extensions().get::<Known>() {
+                known.set();
+            }
+            Ok(request)
+        }
+    };
     let cache = pb::cache_server::CacheServer::new(CacheService(context.clone()))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
     let admin = pb::admin_server::AdminServer::new(AdminService(context))
         .max_decoding_message_size(limits::MAX_MESSAGE_BYTES);
+    let cache = InterceptedService::new(cache, door.clone());
+    let admin = InterceptedService::new(admin, door);
     let incoming = futures::stream::poll_fn(move |task| connections.poll_recv(task));
     tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))

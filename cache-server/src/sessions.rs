@@ -47,6 +47,11 @@ impl Sessions {
         Ok(key)
     }
 
+    /// Sessions with the same token.
+    pub(crate) fn count(&self, identity: &Identity) -> usize {
+        self.table().values().filter(|session| session.identity.is_same(identity)).count()
+    }
+
     /// Ends a session's data connections.
     pub(crate) fn end(&self, id: SessionId) {
         if let Some(session) = self.table().remove(&id.0) {

@@ -4,6 +4,7 @@ use crate::config::{Config, ConfigError};
 use crate::serve::Context;
 use crate::server::ServerError;
 use cairn_proto::pb;
+use cairn_transfer::shm::sweep;
 use cairn_transfer::{QuicServer, ShmServer, Store, tls};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,6 +12,10 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+fn offer(wire: &str, address: String) -> pb::WireOffer {
+    pb::WireOffer { wire: wire.into(), address }
+}
 
 /// Listeners that are bound, and what clients are told of them.
 pub(crate) struct Wires {
@@ -31,17 +36,12 @@ impl Wires {
         epoch: u64,
         tls_config: Option<Arc<rustls::ServerConfig>>,
     ) -> Result<Self, ServerError> {
-        let mut offers = Vec::new();
-        let offer = |wire: &str, address: String| pb::WireOffer { wire: wire.into(), address };
         let shm_path = config.wires.shm.then(|| config.wires.shm_path(epoch));
-        if let Some(path) = &shm_path {
-            offers.push(offer("shm", path.display().to_string()));
-        }
-        let mut wires = Self { shm_path, tls: None, quic: None, tls_config, offers };
+        let mut wires = Self { shm_path, tls: None, quic: None, tls_config, offers: Vec::new() };
         if wires.tls_config.is_none() {
             return Ok(wires);
         }
-        let mut address = config.wires.data_listen;
+        let mut address = config.wires.data_address(config.server.listen);
         if config.wires.tls {
             let listener = crate::server::bind("data-listen", address).await?;
             // QUIC takes the same number.
@@ -65,8 +65,20 @@ impl Wires {
     ) -> Result<Vec<pb::WireOffer>, ServerError> {
         let store: Arc<dyn Store> = Arc::new(context.clone());
         if let Some(path) = &self.shm_path {
-            let server = ShmServer::bind(path, config.wires.shm_users.clone(), store.clone());
-            tasks.spawn(server?.run(stop.clone()));
+            if config.wires.shm_path.is_none() {
+                path.parent().into_iter().for_each(sweep);
+            }
+            match ShmServer::bind(path, config.wires.shm_users.clone(), store.clone()) {
+                Ok(server) => {
+                    self.offers.push(offer("shm", path.display().to_string()));
+                    tasks.spawn(server.run(stop.clone()));
+                }
+                // Nobody asked for this very place: clients take the next wire.
+                Err(error) if config.wires.shm_path.is_none() => {
+                    tracing::warn!(%error, "no shared memory for clients on this host");
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         let Some(tls_config) = &self.tls_config else { return Ok(std::mem::take(&mut self.offers)) };
         if let Some(listener) = self.tls.take() {
@@ -80,7 +92,7 @@ impl Wires {
             let listen = |source| ServerError::Listen { what: "data-listen", address, source };
             let server = QuicServer::bind(address, tls_config, &options, store).map_err(listen)?;
             let port = server.address().map_err(listen)?.port();
-            self.offers.push(pb::WireOffer { wire: "quic".into(), address: format!(":{port}") });
+            self.offers.push(offer("quic", format!(":{port}")));
             tasks.spawn(server.run(stop.clone()));
         }
         Ok(std::mem::take(&mut self.offers))

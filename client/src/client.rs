@@ -5,7 +5,7 @@ use crate::lease::Releases;
 use crate::options::ClientOptions;
 use crate::wires::WireReport;
 use cairn_proto::{ErrorKind, KeySpace, MissReason, pb};
-use cairn_transfer::{Api, Bearer};
+use cairn_transfer::{Api, Bearer, WireKind};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +73,12 @@ impl CacheClient {
                 kind: ErrorKind::FixInput,
                 message: format!("TLS cannot be used: {error}"),
             })?;
+        }
+        if tls.is_none()
+            && let Some(wire @ (WireKind::Tls | WireKind::Quic)) = options.wire
+        {
+            let message = format!("the wire {wire} needs TLS: write https://host:port");
+            return Err(ClientError { kind: ErrorKind::FixInput, message });
         }
         let bearer = Bearer::new(options.security.token.as_deref())?;
         let (link_sender, link) = watch::channel(Link::Connecting);

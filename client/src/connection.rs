@@ -45,6 +45,7 @@ pub(crate) struct Connection {
     pub(crate) grpc: Grpc,
     pub(crate) admin: AdminGrpc,
     pub(crate) wires: Arc<Wires>,
+    pub(crate) runtime: tokio::runtime::Handle,
     declared: Arc<Mutex<HashSet<SpaceId>>>,
 }
 
@@ -84,6 +85,7 @@ pub(crate) async fn maintain(opening: Opening, link: watch::Sender<Link>, releas
         match open(&opening).await {
             Ok((connection, events, reach)) => {
                 tracing::debug!(session = connection.session, endpoint = options.endpoint, "session opened");
+                releases.forget_others(connection.session);
                 connection.wires.connect_first(&reach, &options).await;
                 link.send_replace(Link::Up(Box::new(connection.clone())));
                 let why = tokio::select! {
@@ -139,7 +141,18 @@ async fn open(opening: &Opening) -> Result<(Connection, Streaming<pb::SessionEve
     let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let wires = Wires::new(grpc.clone(), &opened.wires, options.wire);
     let reach = Reach { host, tls: opening.tls.clone(), session, key };
-    Ok((Connection { session, grpc, admin, wires, declared: Arc::default() }, events, reach))
+    Ok((
+        Connection {
+            session,
+            grpc,
+            admin,
+            wires,
+            runtime: tokio::runtime::Handle::current(),
+            declared: Arc::default(),
+        },
+        events,
+        reach,
+    ))
 }
 
 /// Until the session ends; says why it did.

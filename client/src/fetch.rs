@@ -39,6 +39,9 @@ impl Fetched {
     }
 }
 
+/// Hears of (position, bytes so far).
+type Progress<'a> = &'a mut (dyn FnMut(usize, &[u8]) + Send);
+
 impl CacheClient {
     /// Reads blocks `first..first + targets.len()` of the run, each into its target, which must have exactly the size of
     /// a block. A target's bytes may be used only if its outcome is a hit; otherwise they are unspecified.
@@ -46,13 +49,14 @@ impl CacheClient {
     /// # Panics
     /// When a target has the wrong size or the positions are outside the run.
     pub async fn fetch<T: AsMut<[u8]>>(&self, run: &Run, first: usize, targets: &mut [T]) -> Fetched {
-        self.fetch_watched(run, first, targets, None).await
+        self.fetch_until(run, first, targets, (self.fetch_deadline(), None)).await
     }
 
     /// As [`Self::fetch`], layer by layer where the wire can (QUIC): layer 0 of all blocks before layer 1 of any. `arrived` is called
-    /// with a position in the run and how many layers of that block are in its target. So a model can begin with its first layer while the
-    /// last is on its way; but only the outcome says whether a block is right, so nothing that was computed from it may leave before
-    /// that.
+    /// once for each layer of each block, in the order of its layers, with the block's position in the run, the layer and its bytes. So a
+    /// model can begin with its first layer while the last is on its way; but only the outcome says whether a block is right, so nothing that was computed from
+    /// it may leave before that. If a wire fails in the middle, layers that were reported are not reported again when the block comes over
+    /// the next one.
     ///
     /// # Panics
     /// As [`Self::fetch`].
@@ -61,34 +65,39 @@ impl CacheClient {
         run: &Run,
         first: usize,
         targets: &mut [T],
-        arrived: &mut (dyn FnMut(usize, usize) + Send),
+        arrived: &mut (dyn FnMut(usize, usize, &[u8]) + Send),
     ) -> Fetched {
         let layers = run.space.layout().layers() as u64;
         let layer_bytes = run.space.block_bytes() / layers;
-        let mut told = vec![0u64; targets.len()];
-        let mut watch = |block: usize, bytes: u64| {
-            let whole = bytes / layer_bytes;
-            if whole != told[block - first] {
-                told[block - first] = whole;
-                arrived(block, whole as usize);
+        let mut told = vec![0; targets.len()];
+        let mut watch = |block: usize, bytes: &[u8]| {
+            let whole = bytes.len() / layer_bytes as usize;
+            for layer in told[block - first]..whole {
+                let start = layer * layer_bytes as usize;
+                arrived(block, layer, &bytes[start..start + layer_bytes as usize]);
             }
+            told[block - first] = whole.max(told[block - first]);
         };
-        self.fetch_watched(run, first, targets, Some((layer_bytes, &mut watch))).await
+        let watch = Some((layer_bytes, &mut watch as Progress<'_>));
+        self.fetch_until(run, first, targets, (self.fetch_deadline(), watch)).await
     }
 
-    async fn fetch_watched<T: AsMut<[u8]>>(
+    fn fetch_deadline(&self) -> Instant {
+        Instant::now() + self.options().fetch_timeout
+    }
+
+    pub(crate) async fn fetch_until<T: AsMut<[u8]>>(
         &self,
         run: &Run,
         first: usize,
         targets: &mut [T],
-        watch: Option<(u64, &mut (dyn FnMut(usize, u64) + Send))>,
+        (deadline, watch): (Instant, Option<(u64, Progress<'_>)>),
     ) -> Fetched {
         let count = targets.len();
         assert!(first + count <= run.len(), "positions outside the run");
         let targets: Vec<&mut [u8]> = targets.iter_mut().map(AsMut::as_mut).collect();
         let right = targets.iter().all(|target| target.len() as u64 == run.space.block_bytes());
         assert!(right, "a target must have the size of a block");
-        let deadline = Instant::now() + self.options().fetch_timeout;
         let connection = match self.connection(deadline).await {
             Ok(connection) if connection.session == run.lease.session() => connection,
             Ok(_) => return Fetched::missed(count, MissReason::LeaseLost),
@@ -136,12 +145,7 @@ async fn bring(
     let mut wires = connection.wires.order().into_iter().peekable();
     while let Some(wire) = wires.next() {
         last = Some(wire.kind());
-        // A wire that stalls must leave time for the next.
-        let now = Instant::now();
-        let until = match wires.peek() {
-            Some(_) => now + deadline.saturating_duration_since(now) / 2,
-            None => deadline,
-        };
+        let until = patience(deadline, wires.peek().is_none());
         let before = whole(arrivals);
         let mut result = Ok(());
         while let (Ok(()), Some(blocks)) = (&result, arrivals.undecided()) {
@@ -168,10 +172,11 @@ async fn bring(
         };
         tracing::debug!(wire = wire.kind().name(), error = status.message(), "a fetch ended early");
         missing = reason(&status);
-        if !is_wires_fault(&status) {
-            return (last, missing);
+        match fault(&status) {
+            Fault::Final => return (last, missing),
+            Fault::Busy => {}
+            Fault::Wire => connection.wires.failed(wire.kind(), &status),
         }
-        connection.wires.failed(wire.kind(), &status);
     }
     (last, missing)
 }
@@ -180,19 +185,42 @@ fn whole(arrivals: &Arrivals<'_>) -> u64 {
     arrivals.found().iter().filter(|found| **found == Some(Arrival::Whole)).count() as u64
 }
 
-/// Whether another wire could do better.
-pub(crate) fn is_wires_fault(status: &Status) -> bool {
-    !matches!(
-        status.code(),
-        Code::NotFound | Code::InvalidArgument | Code::PermissionDenied | Code::OutOfRange
-    )
+/// Whose fault an error is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The server's last word, on whatever wire.
+    Final,
+    /// This wire has no room at the moment; another may.
+    Busy,
+    /// Something is wrong with the wire.
+    Wire,
+}
+
+pub(crate) fn fault(status: &Status) -> Fault {
+    match status.code() {
+        Code::NotFound
+        | Code::InvalidArgument
+        | Code::PermissionDenied
+        | Code::OutOfRange
+        | Code::FailedPrecondition => Fault::Final,
+        Code::ResourceExhausted => Fault::Busy,
+        _ => Fault::Wire,
+    }
+}
+
+/// When to give up on a wire: one that stalls must leave time for the next.
+pub(crate) fn patience(deadline: Instant, is_last: bool) -> Instant {
+    let now = Instant::now();
+    if is_last { deadline } else { now + deadline.saturating_duration_since(now) / 2 }
 }
 
 /// Tells the server in the background: the caller has its outcome already.
 pub(crate) fn report(connection: &Connection, lease: Arc<Lease>, block: u32) {
+    // Views are read on any thread.
+    let runtime = connection.runtime.clone();
     let mut grpc = connection.grpc.clone();
     let request = pb::ReportCorruptRequest { session_id: connection.session, lease_id: lease.id(), block };
-    tokio::spawn(async move {
+    runtime.spawn(async move {
         let answer = until(Instant::now() + REPORT_TIMEOUT, grpc.report_corrupt(request)).await;
         drop(lease);
         if let Err(status) = answer {

@@ -30,13 +30,22 @@ impl Releases {
         self.some.notify_one();
     }
 
-    /// All of one session; those of others are of no use any more.
+    /// All of one session.
     pub(crate) fn take(&self, session: u64) -> Vec<u64> {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let ours = queue.iter().filter(|release| release.session == session);
-        let ours = ours.map(|release| release.lease).collect();
-        queue.clear();
-        ours
+        let ours = queue.extract_if(.., |release| release.session == session);
+        ours.map(|release| release.lease).collect()
+    }
+
+    /// A request that took them along failed.
+    pub(crate) fn put_back(&self, session: u64, leases: Vec<u64>) {
+        leases.into_iter().for_each(|lease| self.push(Release { session, lease }));
+    }
+
+    /// Those of sessions that ended are of no use any more.
+    pub(crate) fn forget_others(&self, session: u64) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.retain(|release| release.session == session);
     }
 }
 

@@ -2,10 +2,10 @@
 
 use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
-use crate::fetch::is_wires_fault;
 use crate::lease::Lease;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, Tier, limits, pb, wire};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Status;
@@ -82,7 +82,12 @@ impl CacheClient {
             release_lease_ids: self.releases().take(connection.session),
             copied_bytes: connection.wires.take_copied(),
         };
-        let answer = ask(&connection, request, deadline).await;
+        let (released, copied) = (request.release_lease_ids.clone(), request.copied_bytes);
+        let answer = ask(&connection, request, deadline).await.inspect_err(|_| {
+            // To release a lease twice does no harm.
+            self.releases().put_back(connection.session, released);
+            connection.wires.copied.fetch_add(copied, Ordering::Relaxed);
+        });
         let answer = answer.map_err(|status| match status.code() {
             tonic::Code::NotFound => MissReason::PeerDown,
             _ => reason(&status),
@@ -106,13 +111,9 @@ async fn ask(
 ) -> Result<pb::LookupResponse, Status> {
     if let Some(wire) = connection.wires.order().first()
         && let Some(answer) = wire.lookup(&request)
+        && let Some(answer) = connection.wires.ask(wire.kind(), answer, deadline).await?
     {
-        match tokio::time::timeout_at(deadline, answer).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(status)) if is_wires_fault(&status) => connection.wires.failed(wire.kind(), &status),
-            Ok(Err(status)) => return Err(status),
-            Err(_) => return Err(Status::deadline_exceeded("no answer in time")),
-        }
+        return Ok(answer);
     }
     until(deadline, connection.grpc.clone().lookup(request)).await
 }

@@ -2,7 +2,7 @@
 
 use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
-use crate::fetch::is_wires_fault;
+use crate::fetch::{Fault, fault, patience};
 use bytes::Bytes;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, pb, wire};
 use cairn_transfer::{Offer, PublishJob};
@@ -75,15 +75,10 @@ impl CacheClient {
         let (connection, deadline) = self.connection_for(space, self.options().publish_timeout).await?;
         let mut wires = connection.wires.order().into_iter().peekable();
         while let Some(wire) = wires.next() {
-            let now = Instant::now();
-            // A wire that stalls must leave time for the next.
-            let until = match wires.peek() {
-                Some(_) => now + deadline.saturating_duration_since(now) / 2,
-                None => deadline,
-            };
             let Some(job) = reserve(&connection, space, (parent, blocks), stored, deadline).await? else {
                 return Ok(());
             };
+            let until = patience(deadline, wires.peek().is_none());
             let sent = match tokio::time::timeout_at(until, wire.publish(&job)).await {
                 Ok(sent) => sent,
                 Err(_) => Err(Status::deadline_exceeded("the blocks were not taken in time")),
@@ -99,11 +94,15 @@ impl CacheClient {
                     connection.wires.worked(wire.kind(), bytes as u64);
                     return Ok(());
                 }
-                // What arrived is stored, the rest is reserved anew.
-                Err(status) if wires.peek().is_some() && is_wires_fault(&status) => {
-                    connection.wires.failed(wire.kind(), &status);
+                Err(status) => {
+                    if fault(&status) == Fault::Wire {
+                        connection.wires.failed(wire.kind(), &status);
+                    }
+                    if fault(&status) == Fault::Final || wires.peek().is_none() {
+                        return Err(failed(&status));
+                    }
+                    // What arrived is stored, the rest is reserved anew.
                 }
-                Err(status) => return Err(failed(&status)),
             }
         }
         Err(MissReason::PeerDown)
@@ -123,13 +122,9 @@ async fn ask(
 ) -> Result<pb::ReserveResponse, Status> {
     if let Some(wire) = connection.wires.order().first()
         && let Some(answer) = wire.reserve(&request)
+        && let Some(answer) = connection.wires.ask(wire.kind(), answer, deadline).await?
     {
-        match tokio::time::timeout_at(deadline, answer).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(status)) if is_wires_fault(&status) => connection.wires.failed(wire.kind(), &status),
-            Ok(Err(status)) => return Err(status),
-            Err(_) => return Err(Status::deadline_exceeded("no answer in time")),
-        }
+        return Ok(answer);
     }
     until(deadline, connection.grpc.clone().reserve(request)).await
 }

@@ -3,7 +3,7 @@
 
 use crate::client::CacheClient;
 use crate::connection::Connection;
-use crate::fetch::{is_wires_fault, report};
+use crate::fetch::{Fault, fault, patience, report};
 use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{BlockHash, Checksum, MissReason, Outcome, SpaceId, Tier};
@@ -12,6 +12,7 @@ use cairn_transfer::{FetchJob, WireKind};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use tokio::time::Instant;
+use tonic::Status;
 
 enum Bytes {
     Pinned(Pinned),
@@ -102,21 +103,23 @@ impl CacheClient {
                 locations: run.locations.clone(),
                 range_bytes: 0,
             };
-            match tokio::time::timeout_at(deadline, shm.pin(&job, run.space.block_bytes())).await {
-                Ok(Ok(pinned)) => {
+            let pin = shm.pin(&job, run.space.block_bytes());
+            let pinned = tokio::time::timeout_at(patience(deadline, false), pin).await;
+            match pinned.unwrap_or_else(|_| Err(Status::deadline_exceeded("no pin in time"))) {
+                Ok(pinned) => {
                     connection.wires.worked(WireKind::Shm, count as u64 * run.space.block_bytes());
                     let outcomes = (0..count).map(|_| OnceLock::new()).collect();
                     let wire = Some(WireKind::Shm);
                     return view(run, first, Bytes::Pinned(pinned), outcomes, (wire, Some(connection)));
                 }
-                Ok(Err(status)) if is_wires_fault(&status) => {
+                Err(status) if fault(&status) == Fault::Wire => {
                     connection.wires.failed(WireKind::Shm, &status);
                 }
-                _ => {}
+                Err(_) => {}
             }
         }
         let mut copies = vec![vec![0; run.space.block_bytes() as usize]; count];
-        let fetched = self.fetch(run, first, &mut copies).await;
+        let fetched = self.fetch_until(run, first, &mut copies, (deadline, None)).await;
         let outcomes = fetched.outcomes.into_iter().map(OnceLock::from).collect();
         view(run, first, Bytes::Copied(copies), outcomes, (fetched.wire, None))
     }

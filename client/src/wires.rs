@@ -1,6 +1,7 @@
 //! The ways to one server, for one session: which are there, how they fare, and which to take now. Requests never connect; a
 //! task in the background does, and tries again what failed.
 
+use crate::fetch::{Fault, fault, patience};
 use crate::options::{ClientOptions, Tls};
 use cairn_proto::pb;
 use cairn_transfer::choose::{self, Candidate, Path, pause};
@@ -128,17 +129,36 @@ impl Wires {
         }
     }
 
-    /// A wire failed: it is left alone for a while. A QUIC connection that broke stays broken and is made anew.
+    /// A wire failed: it is left alone for a while, and then made anew, for its other connections are no better. (Views keep
+    /// theirs.)
     pub(crate) fn failed(&self, kind: WireKind, status: &Status) {
         tracing::info!(wire = kind.name(), error = status.message(), "a wire failed; the next one is tried");
         if let Some(slot) = self.state().slots.iter_mut().find(|slot| slot.kind == kind) {
             slot.failures = slot.failures.saturating_add(1);
             slot.failed_at = Some(Instant::now());
-            if kind == WireKind::Quic {
+            if kind != WireKind::Grpc {
                 slot.wire = None;
             }
         }
         self.wake.notify_one();
+    }
+
+    /// A question over a wire. `None` when the wire failed and another way should be taken.
+    pub(crate) async fn ask<T>(
+        &self,
+        kind: WireKind,
+        answer: impl Future<Output = Result<T, Status>>,
+        deadline: Instant,
+    ) -> Result<Option<T>, Status> {
+        let answer = tokio::time::timeout_at(patience(deadline, false), answer).await;
+        match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(status) if fault(&status) == Fault::Wire => {
+                self.failed(kind, &status);
+                Ok(None)
+            }
+            Err(status) => Err(status),
+        }
     }
 
     /// All ways, as they are now.
@@ -256,12 +276,16 @@ impl Wires {
             self.state().path = Path { segment_bytes: wire.segment_bytes() };
             return Ok(Arc::new(wire));
         }
-        let mut found =
-            tokio::net::lookup_host(&full).await.map_err(|e| Status::unavailable(e.to_string()))?;
-        let socket = found.next().ok_or_else(|| Status::unavailable(format!("{full} is nowhere")))?;
-        let wire =
-            QuicWire::connect(&tls.data, (socket, &reach.host), &options.quic, (reach.session, reach.key));
-        Ok(Arc::new(wire.await?))
+        let found = tokio::net::lookup_host(&full).await.map_err(|e| Status::unavailable(e.to_string()))?;
+        let mut last = Status::unavailable(format!("{full} is nowhere"));
+        for socket in found {
+            let keys = (reach.session, reach.key);
+            match QuicWire::connect(&tls.data, (socket, &reach.host), &options.quic, keys).await {
+                Ok(wire) => return Ok(Arc::new(wire)),
+                Err(status) => last = status,
+            }
+        }
+        Err(last)
     }
 
     /// For the server's totals.

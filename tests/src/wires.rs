@@ -37,7 +37,7 @@ pub fn certs(folder: &Path) -> Certs {
 pub fn with_tls(mut config: Config, certs: &Certs) -> Config {
     config.tls.cert_file = Some(certs.server.0.clone());
     config.tls.key_file = Some(certs.server.1.clone());
-    config.wires.data_listen = ([127, 0, 0, 1], 0).into();
+    config.wires.data_listen = Some(([127, 0, 0, 1], 0).into());
     config
 }
 

@@ -53,7 +53,28 @@ async fn shared_memory_of_one_tenant_never_shows_anothers_blocks() {
     for hash in &secret {
         assert_eq!(shows(hash), 1, "of all client mappings, b's block is in b's only");
     }
-    drop((a, b, admin));
+    // The other direction: what a stored over the network, never mapped by anybody, is not in what b can map.
+    let network = {
+        let mut options = options(&server, &certs.ca);
+        options.security.token = Some("a".into());
+        options.wire = Some(WireKind::Tls);
+        CacheClient::start(options).unwrap()
+    };
+    admin.flush(space_b.id()).await.unwrap();
+    let mine = hashes(&space_a, 3, 16);
+    let stored = network.publish(&space_a, None, &blocks(&space_a, &mine)).await;
+    assert!(stored.iter().all(|stored| stored.is_stored()), "{stored:?}");
+    admin.flush(space_a.id()).await.unwrap();
+    let one = hashes(&space_b, 4, 1);
+    let stored = b.publish(&space_b, None, &blocks(&space_b, &one)).await;
+    assert!(stored.iter().all(|stored| stored.is_stored()), "{stored:?}");
+    assert_eq!(fetch_verified(&b, &space_b, &one).await, 1);
+    let all = memory_that_clients_mapped();
+    for hash in &mine {
+        let start = payload(&space_a, hash)[..64].to_vec();
+        assert!(!all.iter().any(|chunk| chunk.chunks(4096).any(|page| page.starts_with(&start))));
+    }
+    drop((a, b, admin, network));
     server.audit().unwrap();
     server.shutdown().await.unwrap();
 }

@@ -449,7 +449,7 @@ async fn a_server_does_not_listen_beyond_loopback_by_accident() {
     tokens.server.listen = everywhere;
     assert!(Server::start(tokens.clone()).await.is_err());
     let mut data = two_tenants(16);
-    data.wires.data_listen = everywhere;
+    data.wires.data_listen = Some(everywhere);
     assert!(Server::start(data).await.is_err());
     let mut metrics = with_tls(two_tenants(16), &certs);
     metrics.server.http_listen = everywhere;

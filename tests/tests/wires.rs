@@ -158,15 +158,19 @@ async fn a_lease_that_ends_in_the_middle_keeps_its_blocks_for_the_read() {
         let space = space("t");
         let chain = hashes(&space, 1, 100);
         case.publish(&space, &chain).await;
-        let (lease, sums) = case.session.lease(&space, &chain, 20).await;
-        let what = (&space, &chain[..], &sums[..]);
-        let found = case.session.fetch(&*case.wire, what, lease, 0..100).await;
-        // Too late is fine; half is not.
-        if let Ok(found) = found {
-            for ((arrival, bytes), hash) in found.iter().zip(&chain) {
-                assert!(*arrival == Some(Arrival::Whole) && *bytes == payload(&space, hash), "{kind}");
+        let mut arrived = 0;
+        for ttl_ms in [20, 40, 80, 160, 1000] {
+            let (lease, sums) = case.session.lease(&space, &chain, ttl_ms).await;
+            let what = (&space, &chain[..], &sums[..]);
+            // Too late is fine; half is not.
+            if let Ok(found) = case.session.fetch(&*case.wire, what, lease, 0..100).await {
+                arrived += 1;
+                for ((arrival, bytes), hash) in found.iter().zip(&chain) {
+                    assert!(*arrival == Some(Arrival::Whole) && *bytes == payload(&space, hash), "{kind}");
+                }
             }
         }
+        assert!(arrived > 0, "{kind}: one of them was in time");
         case.end().await;
     }
 }
@@ -199,12 +203,12 @@ async fn transfers_that_are_given_up_leave_nothing_behind() {
         let server = &case.site.server;
         eventually("nothing is held", || server.usage().leases == 0 && server.usage().reservations == 0)
             .await;
-        let (lease, sums) = case.session.lease(&space, &chain[..1], 60_000).await;
-        if !sums.is_empty() {
-            let what = (&space, &chain[..1], &sums[..]);
-            let found = case.session.fetch(&*case.wire, what, lease, 0..1).await.unwrap();
-            assert_eq!(found[0].0, Some(Arrival::Whole), "{kind}: the wire still works");
-        }
+        let last = hashes(&space, 500, 4);
+        case.publish(&space, &last).await;
+        let (lease, sums) = case.session.lease(&space, &last, 60_000).await;
+        let what = (&space, &last[..], &sums[..]);
+        let found = case.session.fetch(&*case.wire, what, lease, 0..4).await.unwrap();
+        assert_eq!(found[3].0, Some(Arrival::Whole), "{kind}: the wire still works");
         case.end().await;
     }
 }

@@ -34,8 +34,8 @@ struct Chunk {
     class: Option<ClassId>,
     occupants: Vec<Occupant>,
     free: Vec<u32>,
-    /// Clients of this tenant can read the chunk's memory: nobody else may use it.
-    exported: Option<usize>,
+    /// Whose bytes are in its memory, which clients of this tenant may have mapped: nobody else may use it as it is.
+    tenant: Option<usize>,
 }
 
 struct Class {
@@ -111,22 +111,14 @@ impl Arena {
 
     /// A chunk out of the pool, best one whose memory this tenant may use as it is.
     fn free_chunk(&mut self, tenant: usize) -> Option<u32> {
-        let usable =
-            |chunk: &&u32| self.chunks[**chunk as usize].exported.is_none_or(|owner| owner == tenant);
+        let usable = |chunk: &&u32| self.chunks[**chunk as usize].tenant.is_none_or(|owner| owner == tenant);
         let chunk = *self.free_chunks.iter().find(usable).or(self.free_chunks.first())?;
         self.free_chunks.remove(&chunk);
-        let exported = &mut self.chunks[chunk as usize].exported;
-        if exported.is_some_and(|owner| owner != tenant) {
-            *exported = None;
+        let before = self.chunks[chunk as usize].tenant.replace(tenant);
+        if before.is_some_and(|owner| owner != tenant) {
             self.stale.push(chunk);
         }
         Some(chunk)
-    }
-
-    /// From now on clients of the chunk's tenant can read it at any time.
-    pub(crate) fn export(&mut self, chunk: u32) {
-        let chunk = &mut self.chunks[chunk as usize];
-        chunk.exported = chunk.class.map(|class| self.classes[class.0 as usize].tenant);
     }
 
     /// Chunks that changed hands since the last call and need other memory.
@@ -148,7 +140,7 @@ impl Arena {
         self.used_slots -= 1;
         let class = &mut self.classes[class_id.0 as usize];
         if chunk.free.len() == chunk.occupants.len() {
-            *chunk = Chunk { exported: chunk.exported, ..Chunk::default() };
+            *chunk = Chunk { tenant: chunk.tenant, ..Chunk::default() };
             class.chunks.remove(&slot.chunk);
             class.open.remove(&slot.chunk);
             self.tenant_chunks[class.tenant] -= 1;

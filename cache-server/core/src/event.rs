@@ -89,16 +89,6 @@ pub enum Event<'a> {
     },
     /// The server finished a read.
     EndRead(LeaseId),
-    /// A client wants to map the memory of a chunk that holds a block of its lease. From now on the chunk is readable by clients
-    /// of its tenant, and needs other memory before another tenant gets it (see [`Effects::stale`]).
-    Export {
-        /// Who.
-        session: SessionId,
-        /// A lease on a block in it.
-        lease: LeaseId,
-        /// Which.
-        chunk: u32,
-    },
     /// A client wants room for the blocks of a chain.
     Reserve {
         /// Who.
@@ -258,8 +248,8 @@ pub struct Effects {
     pub removed: Vec<Removed>,
     /// Devices that went out of service.
     pub lost: Vec<DeviceId>,
-    /// Chunks whose memory clients of another tenant can still read: they need other memory before anything is
-    /// written to them.
+    /// Chunks that go from one tenant to another: what is in their memory is the first one's, whose clients may have mapped it. They
+    /// need other memory before anything is written to them.
     pub stale: Vec<u32>,
 }
 

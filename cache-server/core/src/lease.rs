@@ -185,14 +185,11 @@ impl Core {
         Ok(Reply::Read { space: self.spaces[lease.space].id, slots })
     }
 
-    pub(crate) fn export(&mut self, session: SessionId, id: LeaseId, chunk: u32) -> Result<Reply, Refusal> {
-        let lease = visible(&mut self.leases, session, id)?;
+    /// Whether a lease holds a block in this chunk: then the chunk's memory is of the lease's tenant, as long as the lease is held.
+    pub fn is_in_chunk(&self, session: SessionId, lease: LeaseId, chunk: u32) -> bool {
+        let lease = self.leases.get(&lease).filter(|lease| lease.session == session && !lease.ended);
         let inside = |id: &EntryId| self.index[*id].slot().is_some_and(|slot| slot.chunk == chunk);
-        if !lease.run.iter().any(inside) {
-            return Err(Refusal::UnknownLease);
-        }
-        self.arena.export(chunk);
-        Ok(Reply::Done)
+        lease.is_some_and(|lease| lease.run.iter().any(inside))
     }
 
     /// Where the blocks of a lease are in host memory, in run order.

@@ -96,7 +96,6 @@ impl Core {
                 self.end_read(now, lease);
                 Ok(Reply::Done)
             }
-            Event::Export { session, lease, chunk } => self.export(session, lease, chunk),
             Event::Reserve { session, space, parent, hashes, ttl_ms } => {
                 self.reserve(now, (session, space), parent, (hashes, ttl_ms), &mut effects)
             }
@@ -262,31 +261,24 @@ impl Core {
 
     fn explain(&self, now: Millis, space: SpaceId, hashes: &[BlockHash]) -> Result<Reply, Refusal> {
         let space = self.spaces.find(&space)?;
-        let mut before: Option<(BlockHash, bool)> = None;
-        let mut states = Vec::with_capacity(hashes.len());
-        for hash in hashes {
-            let state = self.explain_block(now, space, hash, before);
-            let reachable = matches!(state, BlockState::Resident { reachable: true, .. });
-            before = Some((*hash, reachable));
-            states.push(state);
-        }
-        Ok(Reply::Explained(states))
+        let mut known = BTreeMap::new();
+        let states = hashes.iter().map(|hash| self.explain_block(now, space, hash, &mut known));
+        Ok(Reply::Explained(states.collect()))
     }
 
-    /// `before`: a block whose reachability is known already.
+    /// `known`: blocks whose reachability was found out on the way, so that no block is walked over twice in one event.
     fn explain_block(
         &self,
         now: Millis,
         space: u32,
         hash: &BlockHash,
-        before: Option<(BlockHash, bool)>,
+        known: &mut BTreeMap<EntryId, bool>,
     ) -> BlockState {
         let Some(id) = self.index.find(space, hash) else {
             let (reason, at) = self.history.find(space, hash).unwrap_or((MissReason::NeverStored, now));
             return BlockState::Absent { reason, ago_ms: now.since(at) };
         };
         let entry = &self.index[id];
-        let known = before.filter(|(hash, _)| entry.parent == Some(*hash)).map(|(_, reachable)| reachable);
         BlockState::Resident {
             tier: if entry.slot().is_some() { Tier::Host } else { Tier::Nvme },
             durable: entry.disk.durable,
@@ -294,20 +286,31 @@ impl Core {
             leases: entry.pins,
             idle_ms: now.since(entry.touched),
             checksum: entry.checksum,
-            reachable: known.unwrap_or_else(|| self.reachable(space, id)),
+            reachable: self.reachable(space, id, known),
         }
     }
 
     /// Bounded, because a client that invents its own hashes can publish a chain that bites its tail.
-    fn reachable(&self, space: u32, mut id: EntryId) -> bool {
+    fn reachable(&self, space: u32, mut id: EntryId, known: &mut BTreeMap<EntryId, bool>) -> bool {
+        let mut walked = Vec::new();
+        let mut reachable = false;
         for _ in 0..MAX_ANCESTOR_WALK {
-            let Some(parent) = &self.index[id].parent else { return true };
+            if let Some(found) = known.get(&id) {
+                reachable = *found;
+                break;
+            }
+            walked.push(id);
+            let Some(parent) = &self.index[id].parent else {
+                reachable = true;
+                break;
+            };
             match self.index.find(space, parent) {
                 Some(parent) => id = parent,
-                None => return false,
+                None => break,
             }
         }
-        false
+        known.extend(walked.into_iter().map(|id| (id, reachable)));
+        reachable
     }
 
     pub(crate) fn session(&mut self, id: SessionId) -> Result<&mut Session, Refusal> {

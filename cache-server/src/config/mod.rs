@@ -121,6 +121,8 @@ pub struct LimitsConfig {
     pub max_connections: usize,
     /// Clients at a time.
     pub max_sessions: usize,
+    /// Of them, those with the same token.
+    pub max_sessions_per_token: usize,
     /// Leases of one client at a time.
     pub max_leases_per_session: usize,
     /// Reservations of one client at a time.
@@ -198,6 +200,7 @@ impl Default for LimitsConfig {
         Self {
             max_connections: 4096,
             max_sessions: 1024,
+            max_sessions_per_token: 256,
             max_leases_per_session: 256,
             max_reservations_per_session: 256,
             max_spaces: 1024,
@@ -352,7 +355,9 @@ impl Config {
         let ServerConfig { listen, http_listen, allow_insecure_network, allow_insecure_http, .. } =
             self.server;
         let secure = self.tls.cert_file.is_some() && !self.token.is_empty();
-        for (name, address) in [("server.listen", listen), ("wires.data_listen", self.wires.data_listen)] {
+        for (name, address) in
+            [("server.listen", listen), ("wires.data_listen", self.wires.data_address(listen))]
+        {
             if !address.ip().is_loopback() && !secure && !allow_insecure_network {
                 return Err(ConfigError::Value(format!(
                     "{name} is {address}: listening beyond loopback without TLS and authentication lets anybody on the \

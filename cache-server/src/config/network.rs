@@ -37,8 +37,9 @@ pub struct WiresConfig {
     pub staging_mib: u64,
     /// Of all together.
     pub staging_total_mib: usize,
-    /// Address of the TLS (TCP) and QUIC (UDP) data paths; they need `[tls]`. Port 0 picks a free one.
-    pub data_listen: SocketAddr,
+    /// Address of the TLS (TCP) and QUIC (UDP) data paths; they need `[tls]`. Port 0 picks a free one. Absent: port 7079 at the address of
+    /// `server.listen`.
+    pub data_listen: Option<SocketAddr>,
     /// Offer TLS over TCP.
     pub tls: bool,
     /// Offer QUIC.
@@ -86,7 +87,7 @@ impl Default for WiresConfig {
             shm_users: Vec::new(),
             staging_mib: 16,
             staging_total_mib: 1024,
-            data_listen: ([127, 0, 0, 1], 7079).into(),
+            data_listen: None,
             tls: true,
             quic: true,
             quic_initial_mtu: MIN_MTU,
@@ -98,7 +99,15 @@ impl Default for WiresConfig {
     }
 }
 
+/// Beside the gRPC port's default.
+const DATA_PORT: u16 = 7079;
+
 impl WiresConfig {
+    /// Where the data paths of a server listen whose API listens there.
+    pub(crate) fn data_address(&self, listen: SocketAddr) -> SocketAddr {
+        self.data_listen.unwrap_or(SocketAddr::new(listen.ip(), DATA_PORT))
+    }
+
     /// Where clients on this host connect. The name differs between any two starts.
     pub(crate) fn shm_path(&self, epoch: u64) -> PathBuf {
         let folder = || {
@@ -135,6 +144,11 @@ impl WiresConfig {
 
     pub(super) fn check(&self) -> Result<(), ConfigError> {
         self.quic()?;
+        if !self.shm_users.is_empty() && self.shm_path.is_none() {
+            let text =
+                "wires.shm_users needs wires.shm_path: the default folder is for the server's user only";
+            return Err(ConfigError::Value(text.into()));
+        }
         let total = self.staging_total_mib as u64;
         if self.staging_mib == 0 || self.staging_mib > total || total > u64::from(u32::MAX) {
             let text = format!(

@@ -4,7 +4,6 @@ use super::{Context, fetch, publish, refused, session, unexpected};
 use crate::auth::Right;
 use cairn_core::{BlockState, Event, LeaseId, Reply, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, wire};
-use cairn_transfer::WireKind;
 use futures::Stream;
 use std::pin::Pin;
 use std::time::Instant;
@@ -89,7 +88,7 @@ impl pb::cache_server::Cache for CacheService {
     ) -> Answer<pb::ReleaseLeaseResponse> {
         self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         let request = request.into_inner();
-        self.0.metrics.sent(WireKind::Shm, request.copied_bytes);
+        self.0.copied(request.copied_bytes);
         self.0.release(SessionId(request.session_id), &request.lease_ids)?;
         Ok(Response::new(pb::ReleaseLeaseResponse {}))
     }

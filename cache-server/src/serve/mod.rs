@@ -24,6 +24,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Status};
 
+/// Believed of one report: more than any client reads between two of them.
+const MAX_COPIED_BYTES: u64 = 1 << 40;
+
 /// What every handler shares.
 #[derive(Clone)]
 pub(crate) struct Context {
@@ -33,6 +36,7 @@ pub(crate) struct Context {
     /// Transfers in progress; shutdown waits for them.
     pub(crate) transfers: TaskTracker,
     pub(crate) max_sessions: usize,
+    pub(crate) max_sessions_per_token: usize,
     pub(crate) limits: Limits,
     pub(crate) auth: Arc<Auth>,
     pub(crate) sessions: Arc<Sessions>,
@@ -80,7 +84,7 @@ impl Context {
         let space = SpaceId::try_from(request.space_id.as_ref())?;
         let hashes = BlockHash::parse_list(&request.block_hashes)?;
         session.require_space(&space)?;
-        self.metrics.sent(WireKind::Shm, request.copied_bytes);
+        self.copied(request.copied_bytes);
         self.release(id, &request.release_lease_ids)?;
         let ttl_ms = wire::clamp_ttl_ms(request.lease_ttl_ms);
         let event = Event::Lookup { session: id, space, hashes: &hashes, ttl_ms };
@@ -130,6 +134,11 @@ impl Context {
             grants: packed.collect(),
             ttl_ms,
         })
+    }
+
+    /// Clients say what they read in shared memory; nothing but a counter depends on it.
+    pub(crate) fn copied(&self, bytes: u64) {
+        self.metrics.sent(WireKind::Shm, bytes.min(MAX_COPIED_BYTES));
     }
 
     pub(crate) fn release(&self, session: SessionId, leases: &[u64]) -> Result<(), Status> {

@@ -44,6 +44,13 @@ pub(crate) fn open(
         let max = context.max_sessions;
         return Err(Status::resource_exhausted(format!("at most {max} sessions; raise limits.max_sessions")));
     }
+    identity.require_any()?;
+    let own = context.sessions.count(&identity);
+    if own >= context.max_sessions_per_token && identity.has_token() {
+        let max = context.max_sessions_per_token;
+        let text = format!("at most {max} sessions with one token; raise limits.max_sessions_per_token");
+        return Err(Status::resource_exhausted(text));
+    }
     let Reply::Session(id) = context.engine.apply(Event::OpenSession).map_err(refused)? else {
         return Err(unexpected());
     };

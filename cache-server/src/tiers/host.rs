@@ -92,9 +92,12 @@ impl HostArena {
         self.chunks.len() as u32
     }
 
-    /// Where clients that map chunks find a slot.
-    pub(crate) fn location(&self, slot: SlotId) -> Location {
-        Location::new(self.number(slot.chunk), slot.index)
+    /// Where clients that map chunks find a slot; `None` for the few that a location cannot name (a chunk that changed hands
+    /// 65,535 times, say): clients get copies of those.
+    pub(crate) fn location(&self, slot: SlotId) -> Option<Location> {
+        let named = slot.chunk < 1 << CHUNK_BITS && slot.index < 1 << Location::INDEX_BITS;
+        let fresh = self.generation(slot.chunk) <= u64::from(u16::MAX);
+        (named && fresh).then(|| Location::new(self.number(slot.chunk), slot.index))
     }
 
     fn number(&self, chunk: u32) -> u64 {
@@ -226,7 +229,7 @@ impl SlotBytes {
     }
 
     /// Where clients find it.
-    pub(crate) fn location(&self) -> Location {
+    pub(crate) fn location(&self) -> Option<Location> {
         self.arena.location(self.slot)
     }
 }

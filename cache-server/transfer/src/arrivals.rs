@@ -39,7 +39,7 @@ pub struct Arrivals<'a> {
     open: Vec<Option<Incoming>>,
     found: Vec<Option<Arrival>>,
     /// Called with (block, bytes so far) whenever a piece arrived.
-    progress: Option<&'a mut (dyn FnMut(usize, u64) + Send)>,
+    progress: Option<&'a mut (dyn FnMut(usize, &[u8]) + Send)>,
 }
 
 impl<'a> Arrivals<'a> {
@@ -53,7 +53,7 @@ impl<'a> Arrivals<'a> {
     /// Reports every piece to `progress`: position in the run, and bytes of that block so far. They are not verified before
     /// the block is whole.
     #[must_use]
-    pub fn watched(mut self, progress: &'a mut (dyn FnMut(usize, u64) + Send)) -> Self {
+    pub fn watched(mut self, progress: &'a mut (dyn FnMut(usize, &[u8]) + Send)) -> Self {
         self.progress = Some(progress);
         self
     }
@@ -110,7 +110,7 @@ impl<'a> Arrivals<'a> {
             self.decide(index, checksum);
         }
         if let Some(progress) = &mut self.progress {
-            progress(self.first + index, received);
+            progress(self.first + index, &self.targets[index][..received as usize]);
         }
         Ok(())
     }
@@ -142,7 +142,7 @@ impl<'a> Arrivals<'a> {
         self.open[index] = None;
         self.decide(index, checksum);
         if let Some(progress) = &mut self.progress {
-            progress(self.first + index, self.promise.block_bytes);
+            progress(self.first + index, self.targets[index]);
         }
         Ok(())
     }

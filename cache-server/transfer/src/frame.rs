@@ -6,7 +6,8 @@ use cairn_proto::{limits, pb};
 use prost::Message;
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tonic::{Code, Status};
 
 /// Kinds of frames.
@@ -48,6 +49,9 @@ const FLUSH_BYTES: usize = 256 << 10;
 /// Read from the stream at once; larger reads go straight to their place.
 const READ_BUFFER_BYTES: usize = 8 << 10;
 
+/// Longest frame of a handshake.
+const STRANGER_BODY_BYTES: usize = 256;
+
 /// Segments in one system call.
 const MAX_SEGMENTS: usize = 64;
 
@@ -73,16 +77,19 @@ impl Frame {
                 Ok(failure) => Status::new(Code::from_i32(failure.code), failure.message),
                 Err(status) => status,
             },
-            Self::Message(kind, _) => {
-                Status::invalid_argument(format!("a frame of kind {kind} was not expected"))
-            }
-            Self::Piece { .. } => Status::invalid_argument("a piece of a block was not expected"),
+            Self::Message(kind, _) => nonsense(format!("a frame of kind {kind} was not expected")),
+            Self::Piece { .. } => nonsense("a piece of a block was not expected"),
         }
     }
 }
 
 pub(crate) fn decode<M: Message + Default>(body: Bytes) -> Result<M, Status> {
-    M::decode(body).map_err(|error| Status::invalid_argument(format!("a frame cannot be read: {error}")))
+    M::decode(body).map_err(|error| nonsense(format!("a frame cannot be read: {error}")))
+}
+
+/// The other side does not keep to the protocol: this connection is of no use any more, to either end.
+pub(crate) fn nonsense(what: impl std::fmt::Display) -> Status {
+    Status::unavailable(format!("the other side of a data connection makes no sense: {what}"))
 }
 
 fn broken(error: std::io::Error) -> Status {
@@ -125,12 +132,35 @@ pub(crate) struct Link<S> {
     io: BufReader<S>,
     segments: Segments,
     waiting: usize,
+    /// Longest body that is taken.
+    max_body: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(crate) fn new(io: S) -> Self {
         let io = BufReader::with_capacity(READ_BUFFER_BYTES, io);
-        Self { io, segments: Segments::default(), waiting: 0 }
+        Self { io, segments: Segments::default(), waiting: 0, max_body: limits::MAX_MESSAGE_BYTES }
+    }
+
+    /// An end that does not know yet who is at the other one: it takes short frames only.
+    pub(crate) fn with_a_stranger(io: S) -> Self {
+        Self { max_body: STRANGER_BODY_BYTES, ..Self::new(io) }
+    }
+
+    /// The other side proved who it is.
+    pub(crate) fn trust(&mut self) {
+        self.max_body = limits::MAX_MESSAGE_BYTES;
+    }
+
+    /// The next frame, however long it takes to come; once it began it must be complete in time.
+    pub(crate) async fn request(&mut self, idle: Duration) -> Result<Option<Frame>, Status> {
+        if self.io.fill_buf().await.map_err(broken)?.is_empty() {
+            return Ok(None);
+        }
+        match tokio::time::timeout(idle, self.next()).await {
+            Ok(frame) => frame,
+            Err(_) => Err(nonsense("a frame that does not end")),
+        }
     }
 
     /// The stream under it.
@@ -147,11 +177,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         }
         self.io.read_exact(&mut head[first..]).await.map_err(broken)?;
         let len = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
-        if len > limits::MAX_MESSAGE_BYTES {
-            return Err(Status::invalid_argument(format!("a frame of {len} bytes is too long")));
+        if len > self.max_body {
+            return Err(nonsense(format!("a frame of {len} bytes")));
         }
         if head[4] != kind::PIECE {
-            let mut body = BytesMut::with_capacity(len);
+            let mut body = BytesMut::with_capacity(len.min(READ_BUFFER_BYTES));
             while body.len() < len {
                 let room = len - body.len();
                 let read = self.io.read_buf(&mut (&mut body).limit(room)).await.map_err(broken)?;
@@ -163,7 +193,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         }
         let mut piece = [0; PIECE_HEAD_BYTES];
         if len < PIECE_HEAD_BYTES {
-            return Err(Status::invalid_argument("a piece without a place"));
+            return Err(nonsense("a piece without a place"));
         }
         self.io.read_exact(&mut piece).await.map_err(broken)?;
         let mut piece = &piece[..];
@@ -231,10 +261,5 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
     pub(crate) async fn fail(&mut self, status: &Status) -> Result<(), Status> {
         let message = status.message().to_owned();
         self.send(kind::FAILED, &pb::DataFailure { code: status.code().into(), message }).await
-    }
-
-    /// Whether nothing that was read or queued is left over from the last request.
-    pub(crate) fn is_clean(&self) -> bool {
-        self.io.buffer().is_empty() && self.segments.0.is_empty()
     }
 }

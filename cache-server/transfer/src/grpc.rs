@@ -63,7 +63,8 @@ impl GrpcWire {
                 arrivals.accept(piece.block, piece.offset, &piece.data)?;
             }
             for loss in &chunk.losses {
-                arrivals.lost(loss.block, MissReason::try_from(loss.reason())?)?;
+                let reason = MissReason::try_from(loss.reason());
+                arrivals.lost(loss.block, reason.map_err(|error| Status::internal(error.to_string()))?)?;
             }
         }
         Ok(())

@@ -11,6 +11,9 @@ use tonic::Status;
 /// Longest time from the connection to the proof, so that strangers cannot hold connections open.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Longest time to say why not.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 const NONCE_BYTES: usize = 32;
 
 fn nonce() -> Result<[u8; NONCE_BYTES], Status> {
@@ -77,8 +80,9 @@ pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Err(_) => Err(Status::deadline_exceeded("the handshake took too long")),
     };
     if let Err(status) = &result {
-        // The other side may be gone already.
-        let _ = link.fail(status).await;
+        // The other side may be gone already, or not want to hear.
+        let _ = tokio::time::timeout(FAREWELL, link.fail(status)).await;
     }
+    link.trust();
     result
 }

@@ -14,6 +14,9 @@ pub enum PieceError {
         /// Where the next piece must start.
         expected: u64,
     },
+    /// A piece must carry something.
+    #[error("an empty piece")]
+    Empty,
     /// The pieces add up to more than the block.
     #[error("the pieces reach byte {end} of a block of {len} bytes")]
     TooLong {
@@ -56,6 +59,9 @@ impl Incoming {
         len: usize,
         target: &'a mut [u8],
     ) -> Result<&'a mut [u8], PieceError> {
+        if len == 0 {
+            return Err(PieceError::Empty);
+        }
         if offset != self.received {
             return Err(PieceError::OutOfOrder { offset, expected: self.received });
         }

@@ -104,7 +104,8 @@ pub trait Store: Send + Sync + 'static {
 pub struct Location(pub u64);
 
 impl Location {
-    const INDEX_BITS: u32 = 24;
+    /// Below the chunk.
+    pub const INDEX_BITS: u32 = 24;
 
     /// The `index`-th slot of a chunk; `chunk` is never 0.
     pub const fn new(chunk: u64, index: u32) -> Self {

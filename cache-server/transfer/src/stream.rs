@@ -1,7 +1,7 @@
 //! Blocks as frames on a byte stream: what TLS over TCP and QUIC's bidirectional streams have in common. One request at a time.
 
 use crate::Arrivals;
-use crate::frame::{Frame, Link, decode, kind};
+use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::handshake;
 use crate::store::{Receiving, Store};
 use crate::wire::{FetchJob, PublishJob, WireKind};
@@ -14,6 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::Status;
+
+/// No reservation lasts longer, so nothing that comes later could be committed.
+pub(crate) const LONGEST_PUBLISH: Duration = Duration::from_millis(limits::MAX_TTL_MS as u64);
 
 /// Read at once of what nobody wants.
 const DRAIN_BYTES: usize = 64 << 10;
@@ -48,7 +51,7 @@ pub(crate) async fn receive<S: AsyncRead + AsyncWrite + Unpin>(
 
 pub(crate) fn lost(arrivals: &mut Arrivals<'_>, body: Bytes) -> Result<(), Status> {
     let loss: pb::BlockLoss = decode(body)?;
-    arrivals.lost(loss.block, MissReason::try_from(loss.reason())?)
+    arrivals.lost(loss.block, MissReason::try_from(loss.reason()).map_err(nonsense)?)
 }
 
 /// The client's side of a publish.
@@ -98,7 +101,7 @@ pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     io: S,
     wire: WireKind,
 ) -> Result<(), Status> {
-    let mut link = Link::new(io);
+    let mut link = Link::with_a_stranger(io);
     let (session, _place) = handshake::accept(&mut link, &*store).await?;
     tokio::select! {
         () = store.ended(session) => Ok(()),
@@ -112,11 +115,13 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
     wire: WireKind,
     session: u64,
 ) -> Result<(), Status> {
-    while let Some(frame) = link.next().await? {
+    let idle = store.limits().idle_timeout;
+    while let Some(frame) = link.request(idle).await? {
         match frame {
             Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
-                if let Err(status) = answer(store, link, session, (kind, body)).await {
-                    link.fail(&status).await?;
+                match within(idle, answer(store, link, session, (kind, body))).await {
+                    Err(status) if is_refusal(&status) => link.fail(&status).await?,
+                    result => result?,
                 }
             }
             Frame::Message(kind::FETCH, body) => {
@@ -133,7 +138,10 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
                     Ok(response) => link.send(kind::COMMITS, &response).await?,
                     Err(status) => {
                         link.fail(&status).await?;
-                        // The client sends all it has before it looks.
+                        if !is_refusal(&status) {
+                            return Err(status);
+                        }
+                        // The client sends all it has before it looks. Where the next frame starts is known.
                         drain(link, store.limits().idle_timeout).await?;
                     }
                 }
@@ -163,15 +171,19 @@ pub(crate) async fn answer<S: AsyncRead + AsyncWrite + Unpin>(
     link.send(kind::RESERVED, &reserved).await
 }
 
-/// The client's side of that.
+/// The client's side of that: the answer, or the server's refusal, which leaves the connection as it was. An error of the outer
+/// kind does not.
 pub(crate) async fn ask<S: AsyncRead + AsyncWrite + Unpin, A: Message + Default>(
     link: &mut Link<S>,
     kind: u8,
     question: &impl Message,
     answer: u8,
-) -> Result<A, Status> {
+) -> Result<Result<A, Status>, Status> {
     link.send(kind, question).await?;
-    link.answer().await?.expect(answer)
+    match link.answer().await? {
+        refused @ Frame::Message(kind::FAILED, _) => Ok(Err(refused.unexpected())),
+        frame => frame.expect(answer).map(Ok),
+    }
 }
 
 /// Whether the connection is fine and only the request is not.
@@ -258,6 +270,15 @@ pub(crate) async fn drain<S: AsyncRead + AsyncWrite + Unpin>(
 
 /// Until the end of a publish.
 pub(crate) async fn take_pieces<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    idle: Duration,
+    receiving: &mut Receiving,
+) -> Result<(), Status> {
+    let work = pieces(link, idle, receiving);
+    within(LONGEST_PUBLISH, work).await
+}
+
+async fn pieces<S: AsyncRead + AsyncWrite + Unpin>(
     link: &mut Link<S>,
     idle: Duration,
     receiving: &mut Receiving,

@@ -41,6 +41,7 @@ pub struct TlsWire {
     key: SessionKey,
     pool: Pool<Link<client::TlsStream<TcpStream>>>,
     segment_bytes: Option<u32>,
+    resumed: bool,
 }
 
 impl TlsWire {
@@ -55,10 +56,19 @@ impl TlsWire {
         key: SessionKey,
     ) -> Result<Self, Status> {
         let connector = TlsConnector::from(config);
-        let mut wire =
-            Self { connector, address, name, session, key, pool: Pool::new(), segment_bytes: None };
+        let mut wire = Self {
+            connector,
+            address,
+            name,
+            session,
+            key,
+            pool: Pool::new(),
+            segment_bytes: None,
+            resumed: false,
+        };
         let mut first = wire.open().await?;
         wire.segment_bytes = segment_bytes(first.io().get_ref().0);
+        wire.resumed = first.io().get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
         wire.pool.give_back(first);
         Ok(wire)
     }
@@ -66,6 +76,11 @@ impl TlsWire {
     /// Payload of one TCP segment on the way to the server: what a packet can carry.
     pub fn segment_bytes(&self) -> Option<u32> {
         self.segment_bytes
+    }
+
+    /// Whether the first connection went on from an earlier TLS session, without certificates crossing again.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
     }
 
     async fn open(&self) -> Result<Link<client::TlsStream<TcpStream>>, Status> {
@@ -87,11 +102,8 @@ impl TlsWire {
     ) -> Result<A, Status> {
         let mut taken = self.pool.take().await?;
         let mut link = self.taken(taken.connection()).await?;
-        let answer = stream::ask(&mut link, kind, question, answer).await;
-        // A refusal leaves the connection as it was.
-        if link.is_clean() {
-            self.pool.give_back(link);
-        }
+        let answer = stream::ask(&mut link, kind, question, answer).await?;
+        self.pool.give_back(link);
         answer
     }
 

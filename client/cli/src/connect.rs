@@ -22,6 +22,10 @@ pub(crate) struct ConnectArguments {
     /// The only way for block bytes: shm, quic, tls or grpc [default: the best that works].
     #[arg(long, env = "CAIRN_WIRE", value_name = "WIRE", value_parser = wire)]
     wire: Option<WireKind>,
+    /// MiB on their way in one QUIC stream: more for long paths.
+    #[arg(long, env = "CAIRN_QUIC_WINDOW_MIB", value_name = "MIB", default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..=1024))]
+    quic_window_mib: u32,
 }
 
 /// The wires that a person can ask for in this build.
@@ -52,6 +56,7 @@ impl ConnectArguments {
             key_file: self.key.clone(),
         };
         options.wire = self.wire;
+        options.quic.window_bytes = self.quic_window_mib << 20;
         Ok(options)
     }
 }

@@ -179,7 +179,18 @@ pub(crate) fn stats_json(stats: &pb::StatsResponse) -> serde_json::Value {
         "devices": stats.devices.iter().map(device_json).collect::<Vec<_>>(), "missed_blocks": misses,
         "committed_blocks": stats.committed_blocks, "duplicate_blocks": stats.duplicate_blocks,
         "checksum_mismatches": stats.checksum_mismatches, "quarantined_blocks": stats.quarantined_blocks,
-        "fetched_bytes": stats.fetched_bytes, "published_bytes": stats.published_bytes})
+        "fetched_bytes": stats.fetched_bytes, "published_bytes": stats.published_bytes,
+        "wires": used_wires(stats).map(wire_json).collect::<Vec<_>>()})
+}
+
+/// Those that carried anything.
+fn used_wires(stats: &pb::StatsResponse) -> impl Iterator<Item = &pb::WireStats> {
+    stats.wires.iter().filter(|wire| wire.fetches + wire.fetched_bytes + wire.published_bytes > 0)
+}
+
+fn wire_json(wire: &pb::WireStats) -> serde_json::Value {
+    json!({"wire": wire.wire, "fetches": wire.fetches, "fetched_bytes": wire.fetched_bytes,
+        "published_bytes": wire.published_bytes})
 }
 
 fn device_json(device: &pb::DeviceStats) -> serde_json::Value {
@@ -282,4 +293,12 @@ fn print_stats(stats: &pb::StatsResponse) {
         mib(stats.fetched_bytes),
         mib(stats.published_bytes)
     );
+    for wire in used_wires(stats) {
+        println!(
+            "  over {}: sent {}, received {}",
+            wire.wire,
+            mib(wire.fetched_bytes),
+            mib(wire.published_bytes)
+        );
+    }
 }

@@ -84,7 +84,8 @@ async fn a_killed_server_costs_counted_misses_on_every_wire() {
         }
         killer.await.unwrap();
         // What was mapped stays as it was.
-        if view.wire() == Some(WireKind::Shm) {
+        assert_eq!(view.wire() == Some(WireKind::Shm), wire == WireKind::Shm);
+        if wire == WireKind::Shm {
             for (i, hash) in chain.iter().enumerate().take(4) {
                 assert!(*view.block(i).unwrap() == payload(&space, hash));
             }

@@ -3,8 +3,9 @@
 use super::MAX_OFFERS;
 use super::fds::FdStream;
 use super::map::Map;
+use super::server::MAX_CHUNKS;
 use crate::Arrivals;
-use crate::frame::{Frame, Link, decode, kind};
+use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::handshake;
 use crate::pool::Pool;
 use crate::store::{Location, SessionKey};
@@ -15,11 +16,16 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use prost::Message;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::net::UnixStream;
 use tonic::Status;
+
+/// Longest time to give a pin up; after that it ends with its connection.
+const UNPIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes copied before other tasks of this thread get a turn.
 const COPY_TURN_BYTES: u64 = 4 << 20;
@@ -33,8 +39,18 @@ struct Inner {
     key: SessionKey,
     pool: Pool<Connection>,
     chunks: Mutex<HashMap<u64, (u64, Arc<Map>)>>,
-    last_pin: AtomicU64,
+    /// Where views are pinned at present.
+    pins: tokio::sync::Mutex<Option<Arc<PinConnection>>>,
     runtime: tokio::runtime::Handle,
+}
+
+/// A connection that only pins: the server keeps a pin for as long as this is open, so every view holds it.
+struct PinConnection {
+    connection: tokio::sync::Mutex<Connection>,
+    /// False while a request is in progress, and for good if it did not end well: then nothing more is sent, and what is pinned
+    /// stays until the last view is gone.
+    idle: AtomicBool,
+    last_pin: AtomicU64,
 }
 
 struct Connection {
@@ -54,7 +70,7 @@ impl ShmWire {
             key,
             pool: Pool::new(),
             chunks: Mutex::default(),
-            last_pin: AtomicU64::new(0),
+            pins: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         };
         let first = inner.connect().await?;
@@ -68,20 +84,21 @@ impl ShmWire {
     /// # Errors
     /// When the lease ended or the connection broke.
     pub async fn pin(&self, job: &FetchJob, block_bytes: u64) -> Result<Pinned, Status> {
-        let pin = self.0.last_pin.fetch_add(1, Ordering::Relaxed) + 1;
+        let pins = self.0.pin_connection().await?;
+        let mut connection = pins.connection.lock().await;
+        let pin = pins.last_pin.fetch_add(1, Ordering::Relaxed) + 1;
         let request = pb::PinRequest {
             pin,
             lease_id: job.lease,
             first: job.blocks.start as u32,
             count: job.blocks.len() as u32,
         };
-        // From here on the server may hold the pin, so it must be given up whatever happens.
-        let mut pinned = Pinned { wire: self.0.clone(), pin, block_bytes, blocks: BTreeMap::new() };
-        let mut taken = self.0.pool.take().await?;
-        let mut connection = self.0.connected(taken.connection()).await?;
+        pins.idle.store(false, Ordering::Release);
         connection.link.send(kind::PIN, &request).await?;
-        let mut answer = Located { block_bytes, ..Located::default() };
+        let mut answer = Located { block_bytes, asked: job.blocks.clone(), ..Located::default() };
         answer.receive(&mut connection.link, None).await?;
+        let (wire, blocks) = (self.0.clone(), BTreeMap::new());
+        let mut pinned = Pinned { wire, pins: pins.clone(), pin, block_bytes, blocks };
         self.0.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
         for (block, place) in answer.places {
             let found = self.0.place(place, block_bytes);
@@ -92,7 +109,7 @@ impl ShmWire {
         pinned.blocks.extend(copies);
         let lost = answer.lost.into_iter().map(|(block, reason)| (block as usize, View::Lost(reason)));
         pinned.blocks.extend(lost);
-        self.0.pool.give_back(connection);
+        pins.idle.store(true, Ordering::Release);
         Ok(pinned)
     }
 }
@@ -101,9 +118,11 @@ impl ShmWire {
 #[derive(Default)]
 struct Located {
     block_bytes: u64,
+    /// Only these may be spoken of.
+    asked: Range<usize>,
     places: Vec<(u32, Location)>,
     copies: BTreeMap<u32, Vec<u8>>,
-    lost: Vec<(u32, MissReason)>,
+    lost: BTreeMap<u32, MissReason>,
 }
 
 impl Located {
@@ -118,12 +137,17 @@ impl Located {
                 (Frame::Message(kind::LOCATED, body), _) => {
                     let located: pb::LocatedBlocks = decode(body)?;
                     let places = located.locations.into_iter().map(Location);
-                    self.places.extend(located.blocks.into_iter().zip(places));
+                    let places = located.blocks.into_iter().zip(places);
+                    self.places.extend(places.filter(|(block, _)| self.asked.contains(&(*block as usize))));
+                    if self.places.len() > self.asked.len() {
+                        return Err(nonsense("more places than blocks"));
+                    }
                 }
                 (Frame::Message(kind::LOST, body), Some(arrivals)) => lost(arrivals, body)?,
                 (Frame::Message(kind::LOST, body), None) => {
                     let loss: pb::BlockLoss = decode(body)?;
-                    self.lost.push((loss.block, MissReason::try_from(loss.reason())?));
+                    self.known(loss.block)?;
+                    self.lost.insert(loss.block, MissReason::try_from(loss.reason()).map_err(nonsense)?);
                 }
                 (Frame::Message(kind::END, _), _) => return Ok(()),
                 (Frame::Piece { block, offset, len }, Some(arrivals)) => {
@@ -131,6 +155,7 @@ impl Located {
                     arrivals.added(block, len)?;
                 }
                 (Frame::Piece { block, offset, len }, None) => {
+                    self.known(block)?;
                     let copy = self.copies.entry(block).or_insert_with(|| vec![0; self.block_bytes as usize]);
                     let end = (offset as usize).saturating_add(len);
                     let target = copy.get_mut(offset as usize..end);
@@ -142,7 +167,30 @@ impl Located {
     }
 }
 
+impl Located {
+    fn known(&self, block: u32) -> Result<(), Status> {
+        match self.asked.contains(&(block as usize)) {
+            true => Ok(()),
+            false => Err(nonsense("a block that was not asked for")),
+        }
+    }
+}
+
 impl Inner {
+    async fn pin_connection(&self) -> Result<Arc<PinConnection>, Status> {
+        let mut current = self.pins.lock().await;
+        if let Some(pins) = current.as_ref().filter(|pins| pins.is_usable()) {
+            return Ok(pins.clone());
+        }
+        let pins = Arc::new(PinConnection {
+            connection: tokio::sync::Mutex::new(self.connect().await?),
+            idle: AtomicBool::new(true),
+            last_pin: AtomicU64::new(0),
+        });
+        *current = Some(pins.clone());
+        Ok(pins)
+    }
+
     async fn connect(&self) -> Result<Connection, Status> {
         let path = self.path.display();
         let socket = UnixStream::connect(&self.path).await;
@@ -190,9 +238,16 @@ impl Inner {
         if missing.is_empty() {
             return Ok(());
         }
-        let request = pb::MapRequest { lease_id: lease, chunks: missing.clone() };
+        for part in missing.chunks(MAX_CHUNKS) {
+            self.map_part(connection, lease, part).await?;
+        }
+        Ok(())
+    }
+
+    async fn map_part(&self, connection: &mut Connection, lease: u64, part: &[u64]) -> Result<(), Status> {
+        let request = pb::MapRequest { lease_id: lease, chunks: part.to_vec() };
         connection.link.send(kind::MAP, &request).await?;
-        for wanted in missing {
+        for wanted in part.iter().copied() {
             let mapped: pb::MappedChunk = connection.link.answer().await?.expect(kind::MAPPED)?;
             let fd = connection.link.io().take();
             let fd = fd.filter(|_| mapped.chunk == wanted);
@@ -226,7 +281,7 @@ impl Inner {
         while let Some(rest) = arrivals.undecided() {
             let request = FetchJob { blocks: rest.clone(), ..job.clone() }.request();
             connection.link.send(kind::FETCH, &request).await?;
-            let mut answer = Located::default();
+            let mut answer = Located { block_bytes, asked: rest.clone(), ..Located::default() };
             answer.receive(&mut connection.link, Some(arrivals)).await?;
             self.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
             self.copy(&answer.places, arrivals).await?;
@@ -267,11 +322,8 @@ impl Inner {
     ) -> Result<A, Status> {
         let mut taken = self.pool.take().await?;
         let mut connection = self.connected(taken.connection()).await?;
-        let answer = stream::ask(&mut connection.link, kind, question, answer).await;
-        // A refusal leaves the connection as it was.
-        if connection.link.is_clean() {
-            self.pool.give_back(connection);
-        }
+        let answer = stream::ask(&mut connection.link, kind, question, answer).await?;
+        self.pool.give_back(connection);
         answer
     }
 
@@ -295,23 +347,22 @@ impl Inner {
         self.pool.give_back(Connection { link, staging: Some((map, bytes)) });
         Ok(response.commits)
     }
+}
 
-    /// Without waiting: most often an idle connection takes the few bytes at once.
-    fn unpin(self: &Arc<Self>, pin: u64) {
-        let wire = self.clone();
-        self.runtime.spawn(async move {
-            let work = async {
-                let mut taken = wire.pool.take().await?;
-                let mut connection = wire.connected(taken.connection()).await?;
-                connection.link.send(kind::UNPIN, &pb::UnpinRequest { pin }).await?;
-                wire.pool.give_back(connection);
-                Ok::<_, Status>(())
-            };
-            if let Err(status) = work.await {
-                // The server is gone, or sees that the connection is.
-                tracing::debug!(error = status.message(), "a pin ends with its connection");
-            }
-        });
+impl PinConnection {
+    /// Whether another pin can be asked for here: nothing is in progress, or what is in progress will end.
+    fn is_usable(&self) -> bool {
+        self.idle.load(Ordering::Acquire) || self.connection.try_lock().is_err()
+    }
+
+    async fn unpin(&self, pin: u64) -> Result<(), Status> {
+        let mut connection = self.connection.lock().await;
+        if !self.idle.swap(false, Ordering::AcqRel) {
+            return Err(Status::unavailable("the pins end with their last view"));
+        }
+        connection.link.send(kind::UNPIN, &pb::UnpinRequest { pin }).await?;
+        self.idle.store(true, Ordering::Release);
+        Ok(())
     }
 }
 
@@ -414,6 +465,8 @@ enum View {
 /// Blocks in place. Dropping it lets the server reuse them.
 pub struct Pinned {
     wire: Arc<Inner>,
+    /// Open for as long as anything is pinned through it.
+    pins: Arc<PinConnection>,
     pin: u64,
     block_bytes: u64,
     blocks: BTreeMap<usize, View>,
@@ -434,7 +487,7 @@ impl Pinned {
                     return Err(MissReason::PeerDown);
                 };
                 // SAFETY: the range is inside the mapping, which `self` keeps. The server writes a slot only while nothing reads it,
-                // and counts this pin as a reader until it is given up, which is after the borrow ends.
+                // and counts this pin as a reader until it is given up or `self.pins` is closed, both after the borrow ends.
                 Ok(unsafe { std::slice::from_raw_parts(start, self.block_bytes as usize) })
             }
         }
@@ -464,6 +517,12 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.wire.unpin(self.pin);
+        let (pins, pin) = (self.pins.clone(), self.pin);
+        self.wire.runtime.spawn(async move {
+            let result = tokio::time::timeout(UNPIN_TIMEOUT, pins.unpin(pin)).await;
+            if let Ok(Err(status)) = result {
+                tracing::debug!(error = status.message(), "a pin ends with its connection");
+            }
+        });
     }
 }

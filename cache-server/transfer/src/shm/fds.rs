@@ -44,6 +44,9 @@ fn receive(socket: &UnixStream, buffer: &mut [u8], fds: &mut VecDeque<OwnedFd>) 
             fds.extend(more);
         }
     }
+    if fds.len() > MAX_FDS {
+        return Err(io::Error::other("descriptors that nobody asked for"));
+    }
     Ok(message.bytes)
 }
 

@@ -10,7 +10,7 @@ mod map;
 mod server;
 
 pub use client::{Pinned, ShmWire};
-pub use server::{ShmServer, ShmServerError};
+pub use server::{ShmServer, ShmServerError, sweep};
 
 /// Offers of one publish that wait to be copied; more than fit the staging memory are pointless.
 const MAX_OFFERS: usize = 64;

@@ -7,16 +7,17 @@ use crate::copy::copy_shared;
 use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::store::{Hold, Receiving, Store};
-use crate::stream::{drain, is_refusal, send_block, within};
+use crate::stream::{LONGEST_PUBLISH, drain, is_refusal, send_block, within};
 use crate::wire::WireKind;
+use bytes::Bytes;
 use cairn_proto::{Checksum, pb};
 use futures::StreamExt;
 use prost::Message;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -27,7 +28,10 @@ use tonic::Status;
 /// Clients' connections at a time, in all.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// Pins of one session.
+/// Chunks of one request: each is a descriptor on its way.
+pub(super) const MAX_CHUNKS: usize = 64;
+
+/// Pins of one connection.
 const MAX_PINS: usize = 4096;
 
 const WIRE: WireKind = WireKind::Shm;
@@ -42,8 +46,6 @@ pub struct ShmServerError {
     source: std::io::Error,
 }
 
-type Pins = Mutex<HashMap<u64, Hold>>;
-
 /// Listens for clients on this host.
 pub struct ShmServer {
     path: PathBuf,
@@ -51,8 +53,6 @@ pub struct ShmServer {
     store: Arc<dyn Store>,
     /// Users whose processes may connect, besides root and the server's own.
     users: Vec<u32>,
-    /// Of sessions with a connection.
-    pins: Mutex<HashMap<u64, Weak<Pins>>>,
 }
 
 impl Drop for ShmServer {
@@ -69,11 +69,11 @@ impl ShmServer {
     /// # Errors
     /// When the path cannot be bound.
     pub fn bind(path: &Path, users: Vec<u32>, store: Arc<dyn Store>) -> Result<Self, ShmServerError> {
-        let listener = listen(path).map_err(|source| {
+        let listener = listen(path, !users.is_empty()).map_err(|source| {
             let path = path.display().to_string();
             ShmServerError { path, source }
         })?;
-        Ok(Self { path: path.to_owned(), listener, store, users, pins: Mutex::default() })
+        Ok(Self { path: path.to_owned(), listener, store, users })
     }
 
     /// Serves until `stop`.
@@ -114,38 +114,35 @@ impl ShmServer {
             let uid = peer.uid();
             return Err(Status::permission_denied(format!("user {uid} may not use shared memory")));
         }
-        let mut link = Link::new(socket);
+        let mut link = Link::with_a_stranger(socket);
         let (session, _place) = handshake::accept(&mut link, &*self.store).await?;
-        let pins = self.pins_of(session);
-        let mut connection = Connection { store: self.store.clone(), link, session, pins, staging: None };
+        let (store, pins) = (self.store.clone(), HashMap::new());
+        let mut connection = Connection { store, link, session, pins, staging: None };
         let ended = self.store.ended(session);
         let result = tokio::select! {
             () = ended => Ok(()),
             result = connection.requests() => result,
         };
-        if !lock(&connection.pins).is_empty() {
+        if !connection.pins.is_empty() {
             connection.outlive().await;
         }
         result
     }
-
-    /// Shared by all connections of a session; gone with the last.
-    fn pins_of(&self, session: u64) -> Arc<Pins> {
-        let mut sessions = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
-        sessions.retain(|_, pins| pins.strong_count() > 0);
-        if let Some(pins) = sessions.get(&session).and_then(Weak::upgrade) {
-            return pins;
-        }
-        let pins = Arc::new(Pins::default());
-        sessions.insert(session, Arc::downgrade(&pins));
-        pins
-    }
 }
 
-fn listen(path: &Path) -> std::io::Result<UnixListener> {
+fn listen(path: &Path, for_others: bool) -> std::io::Result<UnixListener> {
     if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
         std::fs::create_dir_all(folder)?;
         std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+    }
+    if let Some(folder) = path.parent() {
+        // Whoever can write there could put a socket of their own in this one's place.
+        let found = std::fs::metadata(folder)?;
+        let own = [0, rustix::process::geteuid().as_raw()].contains(&found.uid());
+        if !own || found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0 {
+            let text = format!("{} can be written by other users", folder.display());
+            return Err(std::io::Error::other(text));
+        }
     }
     if path.exists() {
         use std::os::unix::fs::FileTypeExt;
@@ -155,19 +152,32 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
         }
         std::fs::remove_file(path)?;
     }
-    UnixListener::bind(path)
+    let listener = UnixListener::bind(path)?;
+    // Who may connect at all; whoever does is asked for its user, and then for the session's key.
+    let mode = if for_others { 0o666 } else { 0o600 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    Ok(listener)
 }
 
-fn lock(pins: &Pins) -> std::sync::MutexGuard<'_, HashMap<u64, Hold>> {
-    // An insertion or removal is whole even if something else panicked.
-    pins.lock().unwrap_or_else(PoisonError::into_inner)
+/// Removes sockets in a folder that nobody listens on any more: those of servers that were killed.
+pub fn sweep(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let is_socket = path.extension().is_some_and(|extension| extension == "sock");
+        let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+        if is_socket && std::os::unix::net::UnixStream::connect(&path).is_err_and(refused) {
+            // Somebody else may sweep, too.
+            let _ = std::fs::remove_file(&path);
+        }
+    }
 }
 
 struct Connection {
     store: Arc<dyn Store>,
     link: Link<UnixStream>,
     session: u64,
-    pins: Arc<Pins>,
+    /// What this client may be looking at.
+    pins: HashMap<u64, Hold>,
     staging: Option<Staging>,
 }
 
@@ -179,46 +189,54 @@ struct Staging {
 
 impl Connection {
     async fn requests(&mut self) -> Result<(), Status> {
-        while let Some(frame) = self.link.next().await? {
+        let limits = self.store.limits();
+        while let Some(frame) = self.link.request(limits.idle_timeout).await? {
             let Frame::Message(kind, body) = frame else { return Err(frame.unexpected()) };
-            let result = match kind {
-                kind::LOOKUP => self.lookup(&decode(body)?).await,
-                kind::RESERVE => self.reserve(&decode(body)?).await,
-                kind::MAP => self.map(decode(body)?).await,
-                kind::FETCH => {
-                    let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
-                    self.locate((lease_id, first, count), None).await
-                }
-                kind::PIN => {
-                    let pb::PinRequest { pin, lease_id, first, count } = decode(body)?;
-                    self.locate((lease_id, first, count), Some(pin)).await
-                }
-                kind::UNPIN => {
-                    let pb::UnpinRequest { pin } = decode(body)?;
-                    let hold = lock(&self.pins).remove(&pin);
-                    drop(hold);
-                    Ok(())
-                }
-                kind::STAGING => self.give_staging().await,
-                kind::PUBLISH => {
-                    let pb::PublishHeader { reservation_id, .. } = decode(body)?;
-                    match self.publish(reservation_id).await {
-                        Ok(response) => self.link.send(kind::COMMITS, &response).await,
-                        Err(status) => {
-                            self.link.fail(&status).await?;
-                            let idle = self.store.limits().idle_timeout;
-                            drain(&mut self.link, idle).await
+            if kind == kind::PUBLISH {
+                let pb::PublishHeader { reservation_id, .. } = decode(body)?;
+                match within(LONGEST_PUBLISH, self.publish(reservation_id)).await {
+                    Ok(response) => {
+                        within(limits.idle_timeout, self.link.send(kind::COMMITS, &response)).await?
+                    }
+                    Err(status) => {
+                        self.link.fail(&status).await?;
+                        if !is_refusal(&status) {
+                            return Err(status);
                         }
+                        drain(&mut self.link, limits.idle_timeout).await?;
                     }
                 }
-                _ => Err(Frame::Message(kind, body).unexpected()),
-            };
-            match result {
+                continue;
+            }
+            match within(limits.fetch_timeout, self.request(kind, body)).await {
                 Err(status) if is_refusal(&status) => self.link.fail(&status).await?,
                 result => result?,
             }
         }
         Ok(())
+    }
+
+    async fn request(&mut self, kind: u8, body: Bytes) -> Result<(), Status> {
+        match kind {
+            kind::LOOKUP => self.lookup(&decode(body)?).await,
+            kind::RESERVE => self.reserve(&decode(body)?).await,
+            kind::MAP => self.map(decode(body)?).await,
+            kind::FETCH => {
+                let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
+                self.locate((lease_id, first, count), None).await
+            }
+            kind::PIN => {
+                let pb::PinRequest { pin, lease_id, first, count } = decode(body)?;
+                self.locate((lease_id, first, count), Some(pin)).await
+            }
+            kind::UNPIN => {
+                let pb::UnpinRequest { pin } = decode(body)?;
+                self.pins.remove(&pin);
+                Ok(())
+            }
+            kind::STAGING => self.give_staging().await,
+            _ => Err(Frame::Message(kind, body).unexpected()),
+        }
     }
 
     async fn lookup(&mut self, request: &pb::LookupRequest) -> Result<(), Status> {
@@ -232,10 +250,12 @@ impl Connection {
     }
 
     async fn map(&mut self, request: pb::MapRequest) -> Result<(), Status> {
-        let export = |chunk: &u64| self.store.export(self.session, request.lease_id, *chunk);
-        let exports = request.chunks.iter().map(export).collect::<Result<Vec<_>, _>>()?;
-        for (chunk, (fd, bytes)) in request.chunks.iter().zip(exports) {
-            self.send_memory(kind::MAPPED, &pb::MappedChunk { chunk: *chunk, bytes }, &fd).await?;
+        if request.chunks.len() > MAX_CHUNKS {
+            return Err(Status::invalid_argument(format!("at most {MAX_CHUNKS} chunks in one request")));
+        }
+        for chunk in request.chunks {
+            let (fd, bytes) = self.store.export(self.session, request.lease_id, chunk)?;
+            self.send_memory(kind::MAPPED, &pb::MappedChunk { chunk, bytes }, &fd).await?;
         }
         Ok(())
     }
@@ -256,42 +276,38 @@ impl Connection {
         (lease, first, count): (u64, u32, u32),
         pin: Option<u64>,
     ) -> Result<(), Status> {
+        if pin.is_some() && self.pins.len() >= MAX_PINS {
+            return Err(Status::resource_exhausted(format!("at most {MAX_PINS} views on one connection")));
+        }
         let positions = (first as usize, count as usize);
         let mut reading = self.store.read(WIRE, self.session, lease, positions)?;
-        let timeout = self.store.limits().fetch_timeout;
         let mut sent = 0;
         let link = &mut self.link;
-        let work = async {
-            let mut located = pb::LocatedBlocks::default();
-            while let Some((block, brought)) = reading.blocks.next().await {
-                match brought {
-                    Ok(brought) => {
-                        sent += brought.bytes.len() as u64;
-                        if let Some(location) = brought.location {
-                            located.blocks.push(block);
-                            located.locations.push(location.0);
-                        } else {
-                            send_block(link, block, &brought.bytes).await?;
-                        }
-                    }
-                    Err(reason) => {
-                        let reason = pb::MissReason::from(reason).into();
-                        link.push(kind::LOST, &pb::BlockLoss { block, reason });
+        let mut located = pb::LocatedBlocks::default();
+        while let Some((block, brought)) = reading.blocks.next().await {
+            match brought {
+                Ok(brought) => {
+                    sent += brought.bytes.len() as u64;
+                    if let Some(location) = brought.location {
+                        located.blocks.push(block);
+                        located.locations.push(location.0);
+                    } else {
+                        send_block(link, block, &brought.bytes).await?;
                     }
                 }
+                Err(reason) => {
+                    let reason = pb::MissReason::from(reason).into();
+                    link.push(kind::LOST, &pb::BlockLoss { block, reason });
+                }
             }
-            link.push(kind::LOCATED, &located);
-            Ok(())
-        };
-        within(timeout, work).await?;
-        self.store.sent(WIRE, sent);
-        if let Some(pin) = pin {
-            let mut pins = lock(&self.pins);
-            if pins.len() >= MAX_PINS {
-                return Err(Status::resource_exhausted(format!("at most {MAX_PINS} views of one client")));
-            }
-            pins.insert(pin, reading.hold.clone());
         }
+        self.store.sent(WIRE, sent);
+        // If the client does not hear of the pin, the connection and all its pins are over.
+        if let Some(pin) = pin {
+            self.pins.insert(pin, reading.hold.clone());
+        }
+        drop(reading);
+        self.link.push(kind::LOCATED, &located);
         self.link.send(kind::END, &()).await
     }
 
@@ -360,10 +376,9 @@ impl Connection {
             if let Frame::Message(kind::UNPIN, body) = frame
                 && let Ok(pb::UnpinRequest { pin }) = decode(body)
             {
-                let hold = lock(&self.pins).remove(&pin);
-                drop(hold);
+                self.pins.remove(&pin);
             }
-            if lock(&self.pins).is_empty() {
+            if self.pins.is_empty() {
                 return;
             }
         }
