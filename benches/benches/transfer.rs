@@ -222,6 +222,7 @@ struct Site {
     server: Server,
     tls: Tls,
     bare: Servers,
+    servers: tokio::runtime::Handle,
 }
 
 impl Site {
@@ -239,7 +240,7 @@ impl Site {
         config.host.chunk_mib = if tiny() { 16 } else { 64 };
         let server = Server::start(config).await.expect("a server");
         let bare = Servers::start(&tls, settings().mtu.unwrap_or(MAX_MTU)).await;
-        Self { server, tls, bare }
+        Self { server, tls, bare, servers: tokio::runtime::Handle::current() }
     }
 
     fn client(&self, wire: WireKind) -> CacheClient {
@@ -271,7 +272,7 @@ impl Site {
             }
             let unix = self.bare.connect().await.into_iter().next().expect("a Unix socket");
             add("1 unix ping-pong", Subject::PingPong(unix.1));
-            add("1 bare tonic", Subject::Tonic(wire::bare_tonic(&self.tls).await));
+            add("1 bare tonic", Subject::Tonic(wire::bare_tonic(&self.tls, &self.servers).await));
             for (order, wire) in WIRES.into_iter().enumerate() {
                 let client = self.client(wire);
                 add(
@@ -369,8 +370,20 @@ fn print(rows: &[(String, Row)], (block_kib, batch, clients): (u32, usize, usize
     }
 }
 
-#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
-async fn main() {
+/// Two threads.
+fn runtime() -> tokio::runtime::Runtime {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(2).enable_all().build().expect("a runtime")
+}
+
+fn main() {
+    // Servers have threads of their own, as in processes of their own: on one runtime, whether both ends of a connection share a
+    // thread is chance.
+    let servers = runtime();
+    runtime().block_on(run(servers.handle()));
+}
+
+async fn run(servers: &tokio::runtime::Handle) {
     let settings = settings();
     println!(
         "median of {} rounds of {} s each; get = lookup and fetch of the whole batch, verified; CPU of both ends",
@@ -379,9 +392,10 @@ async fn main() {
     for block_kib in settings.blocks_kib.clone() {
         for batch in settings.batches.clone() {
             for clients in settings.clients.clone() {
-                let site = Site::start().await;
+                let site = servers.spawn(Site::start()).await.expect("a server");
                 table(&site, &settings, (block_kib, batch, clients)).await;
-                site.server.shutdown().await.expect("an orderly end");
+                let end = servers.spawn(site.server.shutdown()).await.expect("no panic");
+                end.expect("an orderly end");
             }
         }
     }

@@ -6,6 +6,7 @@ use futures::{Stream, stream};
 use std::hint::black_box;
 use std::pin::Pin;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity, ServerTlsConfig};
 use tonic::{Request, Response, Status, Streaming};
@@ -68,12 +69,13 @@ impl pb::cache_server::Cache for Bare {
     }
 }
 
-/// A tonic server with TLS and no store, and a client of it.
+/// A tonic server with TLS and no store, on another runtime, and a client of it.
 ///
 /// # Panics
 /// When loopback cannot be listened on.
-pub async fn bare_tonic(tls: &Tls) -> pb::cache_client::CacheClient<Channel> {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+pub async fn bare_tonic(tls: &Tls, servers: &Handle) -> pb::cache_client::CacheClient<Channel> {
+    let bound = servers.spawn(TcpListener::bind("127.0.0.1:0")).await.expect("no panic");
+    let listener = bound.expect("a free port");
     let address = listener.local_addr().expect("an address");
     let bare = Bare(vec![5u8; limits::CHUNK_BYTES].into());
     let service =
@@ -87,7 +89,7 @@ pub async fn bare_tonic(tls: &Tls) -> pb::cache_client::CacheClient<Channel> {
         .initial_connection_window_size(32 << 20)
         .add_service(service)
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
-    tokio::spawn(server);
+    servers.spawn(server);
     let ca = Certificate::from_pem(read(&tls.certs.ca));
     let endpoint =
         tonic::transport::Endpoint::from_shared(format!("https://{address}")).expect("an endpoint");

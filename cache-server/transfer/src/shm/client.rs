@@ -28,7 +28,7 @@ use tonic::Status;
 const UNPIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Bytes copied before other tasks of this thread get a turn.
-const COPY_TURN_BYTES: u64 = 4 << 20;
+const COPY_TURN_BYTES: u64 = 16 << 20;
 
 /// Shared memory with one server, for one session.
 pub struct ShmWire(Arc<Inner>);
