@@ -5,7 +5,7 @@ use crate::connection::Connection;
 use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{MissReason, Outcome, pb};
-use cairn_transfer::{Arrival, Arrivals, FetchJob, Promise, WireKind};
+use cairn_transfer::{Arrival, Arrivals, FetchJob, Progress, Promise, WireKind};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -38,9 +38,6 @@ impl Fetched {
         Self { outcomes: vec![Outcome::Miss(reason); count], wire: None }
     }
 }
-
-/// Hears of (position, bytes so far).
-type Progress<'a> = &'a mut (dyn FnMut(usize, &[u8]) + Send);
 
 impl CacheClient {
     /// Reads blocks `first..first + targets.len()` of the run, each into its target, which must have exactly the size of

@@ -140,6 +140,9 @@ impl Wires {
                 slot.wire = None;
             }
         }
+        if kind == WireKind::Shm {
+            *self.shm.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
         self.wake.notify_one();
     }
 

@@ -31,6 +31,9 @@ pub struct Promise<'a> {
     pub checksums: &'a [Checksum],
 }
 
+/// Hears of every piece: position in the run, and the bytes of that block so far.
+pub type Progress<'a> = &'a mut (dyn FnMut(usize, &[u8]) + Send);
+
 /// Blocks on their way into the caller's memory.
 pub struct Arrivals<'a> {
     promise: Promise<'a>,
@@ -38,8 +41,7 @@ pub struct Arrivals<'a> {
     targets: Vec<&'a mut [u8]>,
     open: Vec<Option<Incoming>>,
     found: Vec<Option<Arrival>>,
-    /// Called with (block, bytes so far) whenever a piece arrived.
-    progress: Option<&'a mut (dyn FnMut(usize, &[u8]) + Send)>,
+    progress: Option<Progress<'a>>,
 }
 
 impl<'a> Arrivals<'a> {
@@ -53,7 +55,7 @@ impl<'a> Arrivals<'a> {
     /// Reports every piece to `progress`: position in the run, and bytes of that block so far. They are not verified before
     /// the block is whole.
     #[must_use]
-    pub fn watched(mut self, progress: &'a mut (dyn FnMut(usize, &[u8]) + Send)) -> Self {
+    pub fn watched(mut self, progress: Progress<'a>) -> Self {
         self.progress = Some(progress);
         self
     }

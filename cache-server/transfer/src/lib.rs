@@ -20,7 +20,7 @@ mod stream;
 pub mod tls;
 mod wire;
 
-pub use arrivals::{Arrival, Arrivals, Promise};
+pub use arrivals::{Arrival, Arrivals, Progress, Promise};
 pub use grpc::{Api, Bearer, GrpcWire};
 pub use incoming::{Incoming, PieceError};
 pub use mem::MemWire;
