@@ -107,8 +107,15 @@ class GrpcClient(unittest.TestCase):
         space_id = reference.space_id(space)
         events = self.cache.Session(self.pb.SessionRequest(client_name="python", api_version=API_VERSION))
         session = next(events).opened.session_id
-        lookup = self.cache.Lookup(self.pb.LookupRequest(
-            session_id=session, space_id=space_id, block_hashes=b"".join(hashes)))
+        question = self.pb.LookupRequest(session_id=session, space_id=space_id, block_hashes=b"".join(hashes))
+        with self.assertRaises(grpc.RpcError) as undeclared:
+            self.cache.Lookup(question)
+        self.assertEqual(undeclared.exception.code(), grpc.StatusCode.NOT_FOUND)
+        message = self.admin.Stats(self.admin_pb.StatsRequest()).spaces[0].space
+        message.tenant_salt = bytes(32)
+        opened = self.cache.OpenSpace(self.pb.OpenSpaceRequest(session_id=session, space=message))
+        self.assertEqual(opened.space_id, space_id)
+        lookup = self.cache.Lookup(question)
         self.assertEqual([(run.count, run.kind) for run in lookup.outcomes], [(6, 1)])
         blocks = [bytearray() for _ in hashes]
         request = self.pb.FetchRequest(session_id=session, lease_id=lookup.lease_id, first=0, count=6)
@@ -165,9 +172,12 @@ class GrpcClient(unittest.TestCase):
         with self.assertRaises(grpc.RpcError) as unknown:
             self.cache.Lookup(self.pb.LookupRequest(session_id=12345, space_id=bytes(32)))
         self.assertEqual(unknown.exception.code(), grpc.StatusCode.NOT_FOUND)
+        events = self.cache.Session(self.pb.SessionRequest(client_name="python", api_version=API_VERSION))
+        session = next(events).opened.session_id
         with self.assertRaises(grpc.RpcError) as ragged:
-            self.cache.Lookup(self.pb.LookupRequest(session_id=1, space_id=bytes(31)))
+            self.cache.Lookup(self.pb.LookupRequest(session_id=session, space_id=bytes(31)))
         self.assertEqual(ragged.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+        events.cancel()
 
 
 if __name__ == "__main__":

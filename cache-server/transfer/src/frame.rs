@@ -212,6 +212,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Link<S> {
         Ok(())
     }
 
+    /// Until the other side is gone, whatever it still says.
+    pub(crate) async fn closed(&mut self) {
+        while let Ok(bytes) = self.io.fill_buf().await {
+            let count = bytes.len();
+            if count == 0 {
+                return;
+            }
+            self.io.consume(count);
+        }
+    }
+
     /// Queues a frame.
     pub(crate) fn push(&mut self, kind: u8, message: &impl Message) {
         let len = message.encoded_len();

@@ -9,7 +9,7 @@ use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::handshake;
 use crate::pool::Pool;
 use crate::store::{Location, SessionKey};
-use crate::stream::{self, lost};
+use crate::stream::{self, is_refusal, lost};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, limits, pb};
 use futures::FutureExt;
@@ -96,7 +96,11 @@ impl ShmWire {
         pins.idle.store(false, Ordering::Release);
         connection.link.send(kind::PIN, &request).await?;
         let mut answer = Located { block_bytes, asked: job.blocks.clone(), ..Located::default() };
-        answer.receive(&mut connection.link, None).await?;
+        if let Err(status) = answer.receive(&mut connection.link, None).await {
+            // A refusal leaves the connection as it was.
+            pins.idle.store(is_refusal(&status), Ordering::Release);
+            return Err(status);
+        }
         let (wire, blocks) = (self.0.clone(), BTreeMap::new());
         let mut pinned = Pinned { wire, pins: pins.clone(), pin, block_bytes, blocks };
         self.0.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;

@@ -131,11 +131,12 @@ impl ShmServer {
 }
 
 fn listen(path: &Path, for_others: bool) -> std::io::Result<UnixListener> {
-    if let Some(folder) = path.parent().filter(|folder| !folder.exists()) {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.exists()) {
         std::fs::create_dir_all(folder)?;
         std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
     }
-    if let Some(folder) = path.parent() {
+    if let Some(folder) = folder {
         // Whoever can write there could put a socket of their own in this one's place.
         let found = std::fs::metadata(folder)?;
         let own = [0, rustix::process::geteuid().as_raw()].contains(&found.uid());
@@ -382,5 +383,7 @@ impl Connection {
                 return;
             }
         }
+        // Whatever it says now makes no sense, but it may still be looking.
+        self.link.closed().await;
     }
 }
