@@ -64,7 +64,7 @@ pub(crate) enum Frame {
 
 impl Frame {
     /// The body of a frame that must be of this kind; a failure becomes its status.
-    pub(crate) fn expect<M: Message + Default>(self, wanted: u8) -> Result<M, Status> {
+    pub(crate) fn of_kind<M: Message + Default>(self, wanted: u8) -> Result<M, Status> {
         match self {
             Self::Message(kind, body) if kind == wanted => decode(body),
             other => Err(other.unexpected()),

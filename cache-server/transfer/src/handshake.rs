@@ -49,11 +49,11 @@ pub(crate) async fn open<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> Result<(), Status> {
     let ours = nonce()?;
     link.send(kind::HELLO, &pb::DataHello { session_id: session, nonce: ours.to_vec().into() }).await?;
-    let welcome: pb::DataWelcome = link.answer().await?.expect(kind::WELCOME)?;
+    let welcome: pb::DataWelcome = link.answer().await?.of_kind(kind::WELCOME)?;
     check(proof(key, b"server", &ours, &welcome.nonce), &welcome.proof)?;
     let proof = proof(key, b"client", &ours, &welcome.nonce).as_bytes().to_vec().into();
     link.send(kind::PROOF, &pb::DataProof { proof }).await?;
-    link.answer().await?.expect::<()>(kind::READY)
+    link.answer().await?.of_kind::<()>(kind::READY)
 }
 
 /// The server's side: the session that the client is for, and its place among the session's connections.
@@ -62,7 +62,7 @@ pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     store: &dyn Store,
 ) -> Result<(u64, Hold), Status> {
     let work = async {
-        let hello: pb::DataHello = link.answer().await?.expect(kind::HELLO)?;
+        let hello: pb::DataHello = link.answer().await?.of_kind(kind::HELLO)?;
         if hello.nonce.len() != NONCE_BYTES {
             return Err(Status::invalid_argument("a nonce has 32 bytes"));
         }
@@ -70,7 +70,7 @@ pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         let ours = nonce()?;
         let shown = proof(&key, b"server", &hello.nonce, &ours).as_bytes().to_vec().into();
         link.send(kind::WELCOME, &pb::DataWelcome { nonce: ours.to_vec().into(), proof: shown }).await?;
-        let answer: pb::DataProof = link.answer().await?.expect(kind::PROOF)?;
+        let answer: pb::DataProof = link.answer().await?.of_kind(kind::PROOF)?;
         check(proof(&key, b"client", &hello.nonce, &ours), &answer.proof)?;
         link.send(kind::READY, &()).await?;
         Ok((hello.session_id, hold))

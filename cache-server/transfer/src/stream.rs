@@ -65,7 +65,7 @@ pub(crate) async fn publish<S: AsyncRead + AsyncWrite + Unpin>(
         (Ok(answer), _) => answer,
         (Err(_), Err(status)) | (Err(status), Ok(())) => return Err(status),
     };
-    let response: pb::PublishResponse = answer.expect(kind::COMMITS)?;
+    let response: pb::PublishResponse = answer.of_kind(kind::COMMITS)?;
     Ok(response.commits)
 }
 
@@ -182,7 +182,7 @@ pub(crate) async fn ask<S: AsyncRead + AsyncWrite + Unpin, A: Message + Default>
     link.send(kind, question).await?;
     match link.answer().await? {
         refused @ Frame::Message(kind::FAILED, _) => Ok(Err(refused.unexpected())),
-        frame => frame.expect(answer).map(Ok),
+        frame => frame.of_kind(answer).map(Ok),
     }
 }
 

@@ -45,10 +45,10 @@ impl Lanes {
         }
     }
 
-    fn expect(&self, transfer: u64) -> (Expected<'_>, mpsc::Receiver<quinn::RecvStream>) {
+    fn register(&self, transfer: u64) -> (Registered<'_>, mpsc::Receiver<quinn::RecvStream>) {
         let (sender, receiver) = mpsc::channel(MAX_LANES as usize);
         self.waiting().insert(transfer, sender);
-        (Expected { lanes: self, transfer }, receiver)
+        (Registered { lanes: self, transfer }, receiver)
     }
 
     fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u64, mpsc::Sender<quinn::RecvStream>>> {
@@ -58,12 +58,12 @@ impl Lanes {
 }
 
 /// Forgets a fetch that ended, however it did.
-struct Expected<'a> {
+struct Registered<'a> {
     lanes: &'a Lanes,
     transfer: u64,
 }
 
-impl Drop for Expected<'_> {
+impl Drop for Registered<'_> {
     fn drop(&mut self) {
         self.lanes.waiting().remove(&self.transfer);
     }
@@ -139,10 +139,10 @@ impl QuicWire {
             return stream::fetch(&mut self.request().await?, job, arrivals).await;
         }
         let transfer = self.last_transfer.fetch_add(1, Ordering::Relaxed) + 1;
-        let (_expected, streams) = self.lanes.expect(transfer);
+        let (_registered, streams) = self.lanes.register(transfer);
         let mut link = self.request().await?;
         link.send(kind::FETCH, &pb::FetchRequest { transfer, ..job.request() }).await?;
-        let pb::DataLanes { lanes } = link.answer().await?.expect(kind::LANES)?;
+        let pb::DataLanes { lanes } = link.answer().await?.of_kind(kind::LANES)?;
         if lanes > MAX_LANES {
             return Err(Status::internal("more lanes than a server may use"));
         }

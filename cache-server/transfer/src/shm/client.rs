@@ -252,7 +252,7 @@ impl Inner {
         let request = pb::MapRequest { lease_id: lease, chunks: part.to_vec() };
         connection.link.send(kind::MAP, &request).await?;
         for wanted in part.iter().copied() {
-            let mapped: pb::MappedChunk = connection.link.answer().await?.expect(kind::MAPPED)?;
+            let mapped: pb::MappedChunk = connection.link.answer().await?.of_kind(kind::MAPPED)?;
             let fd = connection.link.io().take();
             let fd = fd.filter(|_| mapped.chunk == wanted);
             let fd = fd.ok_or_else(|| Status::internal("a chunk without its descriptor"))?;
@@ -347,7 +347,7 @@ impl Inner {
         ring.link.send(kind::END, &()).await?;
         // After a failure here the connection is not used again: it may still be owed an answer.
         ring.wait(ring.offered).await?;
-        let response: pb::PublishResponse = link.answer().await?.expect(kind::COMMITS)?;
+        let response: pb::PublishResponse = link.answer().await?.of_kind(kind::COMMITS)?;
         self.pool.give_back(Connection { link, staging: Some((map, bytes)) });
         Ok(response.commits)
     }
@@ -377,7 +377,7 @@ fn number(location: Location) -> u64 {
 
 async fn get_staging(link: &mut Link<FdStream>) -> Result<(Map, u64), Status> {
     link.send(kind::STAGING, &()).await?;
-    let staged: pb::StagedMemory = link.answer().await?.expect(kind::STAGED)?;
+    let staged: pb::StagedMemory = link.answer().await?.of_kind(kind::STAGED)?;
     let fd = link.io().take().ok_or_else(|| Status::internal("staging memory without its descriptor"))?;
     let map = Map::writable(fd, staged.bytes).map_err(|error| Status::internal(error.to_string()))?;
     Ok((map, staged.bytes))
@@ -421,7 +421,7 @@ impl Ring<'_> {
     /// Until the server copied this many offers.
     async fn wait(&mut self, taken: u64) -> Result<(), Status> {
         while self.taken < taken {
-            let answer: pb::TakenPieces = self.link.answer().await?.expect(kind::TAKEN)?;
+            let answer: pb::TakenPieces = self.link.answer().await?.of_kind(kind::TAKEN)?;
             self.taken += u64::from(answer.count);
         }
         Ok(())
