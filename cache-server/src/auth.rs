@@ -73,6 +73,11 @@ impl Identity {
         Err(Status::permission_denied("the key space is of another tenant than the token"))
     }
 
+    /// The only tenant whose spaces it may use.
+    pub(crate) fn tenant(&self) -> Option<Arc<str>> {
+        self.tenant.clone()
+    }
+
     /// Whether spaces of this tenant are its own.
     pub(crate) fn is_tenant(&self, name: &str) -> bool {
         self.tenant.as_deref().is_none_or(|tenant| tenant == name)

@@ -6,7 +6,7 @@ use crate::serve::{Context, fetch, refused, unexpected};
 use cairn_core::{CommitOutcome, LeaseId, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
 use cairn_transfer::WireKind;
-use cairn_transfer::store::{Filling, Hold, Limits, Reading, SessionKey, Slot, Store};
+use cairn_transfer::store::{ChunkMemory, Filling, Hold, Limits, Reading, SessionKey, Slot, Store};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use std::os::fd::OwnedFd;
@@ -87,14 +87,27 @@ impl Store for Context {
     }
 
     fn export(&self, session: u64, lease: u64, chunk: u64) -> Result<(OwnedFd, u64), Status> {
-        let gone = || refused(cairn_core::Refusal::UnknownLease);
-        let index = self.engine.arena().find(chunk).ok_or_else(gone)?;
-        let held = self.engine.inspect(|core| core.is_in_chunk(SessionId(session), LeaseId(lease), index));
-        if !held {
-            return Err(gone());
-        }
+        self.leased_chunk(session, lease, chunk)?;
         let exported = self.engine.arena().export(chunk);
-        exported.map_err(|error| Status::resource_exhausted(error.to_string()))?.ok_or_else(gone)
+        exported.map_err(|error| Status::resource_exhausted(error.to_string()))?.ok_or_else(lease_gone)
+    }
+
+    fn chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<ChunkMemory, Status> {
+        let index = self.leased_chunk(session, lease, chunk)?;
+        let (first, len) = self.engine.arena().chunk_range(index);
+        Ok(ChunkMemory {
+            address: first.expose_provenance(),
+            bytes: len as u64,
+            hold: Arc::new(self.engine.arena().clone()),
+        })
+    }
+
+    fn is_current(&self, chunk: u64) -> bool {
+        self.engine.arena().find(chunk).is_some()
+    }
+
+    fn tenant(&self, session: u64) -> Result<Option<Arc<str>>, Status> {
+        Ok(self.sessions.find(session)?.identity.tenant())
     }
 
     fn staging(&self, bytes: u64) -> Result<Hold, Status> {
@@ -114,6 +127,19 @@ impl Store for Context {
         self.metrics.checksum_mismatches.inc();
         tracing::warn!(?space, ?hash, "published bytes do not match their checksum");
     }
+}
+
+impl Context {
+    /// The index of a chunk that holds a block of this lease.
+    fn leased_chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<u32, Status> {
+        let index = self.engine.arena().find(chunk).ok_or_else(lease_gone)?;
+        let held = self.engine.inspect(|core| core.is_in_chunk(SessionId(session), LeaseId(lease), index));
+        if held { Ok(index) } else { Err(lease_gone()) }
+    }
+}
+
+fn lease_gone() -> Status {
+    refused(cairn_core::Refusal::UnknownLease)
 }
 
 struct ReservedSlot {

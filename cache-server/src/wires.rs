@@ -5,7 +5,7 @@ use crate::serve::Context;
 use crate::server::ServerError;
 use cairn_proto::pb;
 use cairn_transfer::shm::sweep;
-use cairn_transfer::{QuicServer, ShmServer, Store, tls};
+use cairn_transfer::{QuicServer, RdmaServer, ShmServer, Store, tls};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,6 +20,7 @@ fn offer(wire: &str, address: String) -> pb::WireOffer {
 /// Listeners that are bound, and what clients are told of them.
 pub(crate) struct Wires {
     shm_path: Option<PathBuf>,
+    /// TLS over TCP, which is where clients of RDMA come in, too.
     tls: Option<TcpListener>,
     quic: Option<SocketAddr>,
     tls_config: Option<Arc<rustls::ServerConfig>>,
@@ -42,11 +43,13 @@ impl Wires {
             return Ok(wires);
         }
         let mut address = config.wires.data_address(config.server.listen);
-        if config.wires.tls {
+        if config.wires.tls || config.wires.rdma_listen.is_some() {
             let listener = crate::server::bind("data-listen", address).await?;
             // QUIC takes the same number.
             address = listener.local_addr().unwrap_or(address);
-            wires.offers.push(offer("tls", format!(":{}", address.port())));
+            if config.wires.tls {
+                wires.offers.push(offer("tls", format!(":{}", address.port())));
+            }
             wires.tls = Some(listener);
         }
         wires.quic = config.wires.quic.then_some(address);
@@ -82,9 +85,14 @@ impl Wires {
         }
         let Some(tls_config) = &self.tls_config else { return Ok(std::mem::take(&mut self.offers)) };
         if let Some(listener) = self.tls.take() {
+            let port = listener.local_addr().map(|address| address.port()).unwrap_or_default();
+            let rdma = rdma(config, &store, (stop, tasks));
+            if rdma.is_some() {
+                self.offers.push(offer("rdma", format!(":{port}")));
+            }
             let mut config = rustls::ServerConfig::clone(tls_config);
             config.alpn_protocols = vec![cairn_transfer::ALPN.to_vec()];
-            tasks.spawn(tls::serve(store.clone(), listener, Arc::new(config), stop.clone()));
+            tasks.spawn(tls::serve(store.clone(), (listener, Arc::new(config)), rdma, stop.clone()));
         }
         if let Some(address) = self.quic {
             let options =
@@ -97,4 +105,33 @@ impl Wires {
         }
         Ok(std::mem::take(&mut self.offers))
     }
+}
+
+/// Starts to let queue pairs in. Without a device there, clients take the next wire.
+#[cfg(feature = "rdma")]
+fn rdma(
+    config: &Config,
+    store: &Arc<dyn Store>,
+    (stop, tasks): (&CancellationToken, &TaskTracker),
+) -> Option<Arc<RdmaServer>> {
+    match RdmaServer::bind(config.wires.rdma_listen?) {
+        Ok(server) => {
+            let server = Arc::new(server);
+            tasks.spawn(server.clone().run(store.clone(), stop.clone()));
+            Some(server)
+        }
+        Err(error) => {
+            tracing::warn!(%error, "clients take the next wire");
+            None
+        }
+    }
+}
+
+#[cfg(not(feature = "rdma"))]
+fn rdma(
+    _config: &Config,
+    _store: &Arc<dyn Store>,
+    _tasks: (&CancellationToken, &TaskTracker),
+) -> Option<Arc<RdmaServer>> {
+    None
 }

@@ -181,11 +181,12 @@ async fn hold(
 }
 
 fn release(connection: &Connection, lease_ids: Vec<u64>) {
-    let copied_bytes = connection.wires.take_copied();
-    if lease_ids.is_empty() && copied_bytes == 0 {
+    let (copied_bytes, rdma_bytes) = connection.wires.take_unheard();
+    if lease_ids.is_empty() && (copied_bytes, rdma_bytes) == (0, 0) {
         return;
     }
-    let request = pb::ReleaseLeaseRequest { session_id: connection.session, lease_ids, copied_bytes };
+    let session_id = connection.session;
+    let request = pb::ReleaseLeaseRequest { session_id, lease_ids, copied_bytes, rdma_bytes };
     let mut grpc = connection.grpc.clone();
     tokio::spawn(async move {
         // A release that is lost costs the server some memory until the lease's deadline.

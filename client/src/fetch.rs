@@ -8,7 +8,6 @@ use cairn_proto::{MissReason, Outcome, pb};
 use cairn_transfer::{Arrival, Arrivals, FetchJob, Progress, Promise, WireKind};
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::{Code, Status};
@@ -160,9 +159,7 @@ async fn bring(
             };
         }
         let bytes = (whole(arrivals) - before) * run.space.block_bytes();
-        if wire.kind() == WireKind::Shm {
-            connection.wires.copied.fetch_add(bytes, Ordering::Relaxed);
-        }
+        connection.wires.came(wire.kind(), bytes);
         let Err(status) = result else {
             connection.wires.worked(wire.kind(), bytes);
             return (last, missing);

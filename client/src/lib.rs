@@ -17,7 +17,7 @@ mod publish;
 mod view;
 mod wires;
 
-pub use cairn_transfer::{QuicOptions, WireKind};
+pub use cairn_transfer::{HAS_RDMA, QuicOptions, WireKind, rdma_addresses};
 pub use client::{CacheClient, ClientError};
 pub use fetch::Fetched;
 pub use lease::Lease;

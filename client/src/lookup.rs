@@ -4,8 +4,8 @@ use crate::client::{CacheClient, reason, until};
 use crate::connection::Connection;
 use crate::lease::Lease;
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, Tier, limits, pb, wire};
+use cairn_transfer::WireKind;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Status;
@@ -74,19 +74,22 @@ impl CacheClient {
         let options = self.options();
         let (connection, deadline) = self.connection_for(space, options.lookup_timeout).await?;
         let asked = Instant::now();
+        let (copied_bytes, rdma_bytes) = connection.wires.take_unheard();
         let request = pb::LookupRequest {
             session_id: connection.session,
             space_id: space.id().0.to_vec().into(),
             block_hashes: BlockHash::concat(hashes),
             lease_ttl_ms: u32::try_from(options.lease_ttl.as_millis()).unwrap_or(u32::MAX),
             release_lease_ids: self.releases().take(connection.session),
-            copied_bytes: connection.wires.take_copied(),
+            copied_bytes,
+            rdma_bytes,
         };
-        let (released, copied) = (request.release_lease_ids.clone(), request.copied_bytes);
+        let released = request.release_lease_ids.clone();
         let answer = ask(&connection, request, deadline).await.inspect_err(|_| {
             // To release a lease twice does no harm.
             self.releases().put_back(connection.session, released);
-            connection.wires.copied.fetch_add(copied, Ordering::Relaxed);
+            connection.wires.came(WireKind::Shm, copied_bytes);
+            connection.wires.came(WireKind::Rdma, rdma_bytes);
         });
         let answer = answer.map_err(|status| match status.code() {
             tonic::Code::NotFound => MissReason::PeerDown,

@@ -4,9 +4,11 @@
 use crate::fetch::{Fault, fault, patience};
 use crate::options::{ClientOptions, Tls};
 use cairn_proto::pb;
+#[cfg(feature = "rdma")]
+use cairn_transfer::RdmaWire;
 use cairn_transfer::choose::{self, Candidate, Path, pause};
 use cairn_transfer::store::SessionKey;
-use cairn_transfer::{Api, GrpcWire, QuicWire, ShmWire, TlsWire, Wire, WireKind};
+use cairn_transfer::{Api, GrpcWire, HAS_RDMA, QuicWire, ShmWire, TlsWire, Wire, WireKind};
 use rustls::pki_types::ServerName;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,8 +58,14 @@ pub(crate) struct Wires {
     shm: Mutex<Option<Arc<ShmWire>>>,
     forced: Option<WireKind>,
     wake: Notify,
-    /// Bytes read in shared memory that the server has not heard of.
-    pub(crate) copied: AtomicU64,
+    unheard: Unheard,
+}
+
+/// Bytes that were read in the server's memory and that it has not heard of.
+#[derive(Default)]
+struct Unheard {
+    shm: AtomicU64,
+    rdma: AtomicU64,
 }
 
 /// What connecting takes.
@@ -84,8 +92,12 @@ impl Wires {
         let mut slots = vec![slot(WireKind::Grpc, "", Some(grpc))];
         for offer in offers {
             // A newer server may offer what this build does not know.
-            if let Ok(kind @ (WireKind::Shm | WireKind::Tls | WireKind::Quic)) = offer.wire.parse() {
-                slots.push(slot(kind, &offer.address, None));
+            match offer.wire.parse() {
+                Ok(kind @ (WireKind::Shm | WireKind::Tls | WireKind::Quic)) => {
+                    slots.push(slot(kind, &offer.address, None));
+                }
+                Ok(WireKind::Rdma) if HAS_RDMA => slots.push(slot(WireKind::Rdma, &offer.address, None)),
+                _ => {}
             }
         }
         let state = Mutex::new(State { slots, path: Path::default() });
@@ -94,7 +106,7 @@ impl Wires {
             shm: Mutex::default(),
             forced,
             wake: Notify::new(),
-            copied: AtomicU64::new(0),
+            unheard: Unheard::default(),
         })
     }
 
@@ -188,7 +200,7 @@ impl Wires {
     /// Connects what is worth it, and again what broke, for ever.
     pub(crate) async fn maintain(&self, reach: Reach, options: ClientOptions) {
         loop {
-            for kind in [WireKind::Shm, WireKind::Tls, WireKind::Quic] {
+            for kind in [WireKind::Shm, WireKind::Rdma, WireKind::Tls, WireKind::Quic] {
                 if self.is_wanted(kind) && self.is_due(kind) {
                     self.connect(kind, &reach, &options).await;
                 }
@@ -198,7 +210,8 @@ impl Wires {
         }
     }
 
-    /// On one host the network is only for when shared memory fails; QUIC is for large packets.
+    /// On one host the network is only for when shared memory fails; where there is RDMA, the rest only for when that fails; QUIC
+    /// is for large packets.
     fn is_wanted(&self, kind: WireKind) -> bool {
         if let Some(forced) = self.forced {
             return forced == kind;
@@ -209,11 +222,12 @@ impl Wires {
         };
         match kind {
             WireKind::Shm => true,
-            WireKind::Tls => !works(WireKind::Shm),
+            WireKind::Rdma => !works(WireKind::Shm),
+            WireKind::Tls => !works(WireKind::Shm) && !works(WireKind::Rdma),
             WireKind::Quic => {
                 let large =
                     state.path.segment_bytes.is_some_and(|bytes| bytes >= choose::LARGE_SEGMENT_BYTES);
-                !works(WireKind::Shm) && (large || !works(WireKind::Tls))
+                !works(WireKind::Shm) && !works(WireKind::Rdma) && (large || !works(WireKind::Tls))
             }
             _ => false,
         }
@@ -244,6 +258,9 @@ impl Wires {
                 slot.wire = Some(wire);
             }
             Err(status) => {
+                if kind == WireKind::Rdma && slot.failures == 0 {
+                    tracing::info!(error = status.message(), "no RDMA from here; the next wire is taken");
+                }
                 // On another host there is no such socket: not worth a line.
                 tracing::debug!(wire = kind.name(), address, error = status.message(), "not available");
                 slot.failures = slot.failures.saturating_add(1);
@@ -272,9 +289,15 @@ impl Wires {
             Some(port) => format!("{}:{port}", reach.host),
             None => address.to_owned(),
         };
-        if kind == WireKind::Tls {
+        if matches!(kind, WireKind::Tls | WireKind::Rdma) {
             let name = ServerName::try_from(reach.host.clone());
             let name = name.map_err(|error| Status::invalid_argument(error.to_string()))?;
+            #[cfg(feature = "rdma")]
+            if kind == WireKind::Rdma {
+                let to = (full, name);
+                let wire = RdmaWire::connect(tls.data.clone(), to, reach.session, reach.key).await?;
+                return Ok(Arc::new(wire));
+            }
             let wire = TlsWire::connect(tls.data.clone(), (full, name), reach.session, reach.key).await?;
             self.state().path = Path { segment_bytes: wire.segment_bytes() };
             return Ok(Arc::new(wire));
@@ -291,9 +314,18 @@ impl Wires {
         Err(last)
     }
 
-    /// For the server's totals.
-    pub(crate) fn take_copied(&self) -> u64 {
-        self.copied.swap(0, Ordering::Relaxed)
+    /// Bytes came over a wire. Where the server does not see that, it is told with the next request.
+    pub(crate) fn came(&self, kind: WireKind, bytes: u64) {
+        match kind {
+            WireKind::Shm => self.unheard.shm.fetch_add(bytes, Ordering::Relaxed),
+            WireKind::Rdma => self.unheard.rdma.fetch_add(bytes, Ordering::Relaxed),
+            _ => bytes,
+        };
+    }
+
+    /// What the server should hear of, over shared memory and RDMA.
+    pub(crate) fn take_unheard(&self) -> (u64, u64) {
+        (self.unheard.shm.swap(0, Ordering::Relaxed), self.unheard.rdma.swap(0, Ordering::Relaxed))
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {

@@ -12,6 +12,7 @@ use cairn_transfer::{
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,9 +20,23 @@ use tempfile::TempDir;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 
-/// The wires that need nothing but this machine.
-pub const WIRES: [WireKind; 5] =
-    [WireKind::Mem, WireKind::Shm, WireKind::Quic, WireKind::Tls, WireKind::Grpc];
+/// The wires to test: those that need nothing but this machine; or RDMA alone, where there is a device for it.
+pub fn wires() -> Vec<WireKind> {
+    match rdma_address() {
+        Some(_) => vec![WireKind::Rdma],
+        None => vec![WireKind::Mem, WireKind::Shm, WireKind::Quic, WireKind::Tls, WireKind::Grpc],
+    }
+}
+
+/// An address of an RDMA device that tests may use: the first in `CAIRN_RDMA`, in builds that can.
+///
+/// # Panics
+/// When it is none.
+pub fn rdma_address() -> Option<IpAddr> {
+    #[allow(clippy::disallowed_methods)]
+    let text = std::env::var("CAIRN_RDMA").ok().filter(|_| cairn_transfer::HAS_RDMA)?;
+    text.split(',').next().map(|address| address.parse().expect("an IP address"))
+}
 
 /// Certificates for loopback, good for an hour.
 ///
@@ -38,6 +53,9 @@ pub fn with_tls(mut config: Config, certs: &Certs) -> Config {
     config.tls.cert_file = Some(certs.server.0.clone());
     config.tls.key_file = Some(certs.server.1.clone());
     config.wires.data_listen = Some(([127, 0, 0, 1], 0).into());
+    config.wires.rdma_listen = rdma_address().map(|address| (address, 0).into());
+    // The fabric of the tests is a virtual machine's.
+    config.server.allow_insecure_network = config.wires.rdma_listen.is_some();
     config
 }
 
@@ -201,7 +219,7 @@ impl Session {
     /// When the server refuses it.
     ///
     /// # Panics
-    /// For RDMA, which needs more.
+    /// For RDMA, in a build without it.
     pub async fn wire(&self, server: &Server, kind: WireKind) -> Result<Arc<dyn Wire>, tonic::Status> {
         self.wire_with(server, kind, self.key).await
     }
@@ -212,7 +230,7 @@ impl Session {
     /// When the server refuses it.
     ///
     /// # Panics
-    /// For RDMA, which needs more.
+    /// For RDMA, in a build without it.
     pub async fn wire_with(
         &self,
         server: &Server,
@@ -223,13 +241,20 @@ impl Session {
             WireKind::Mem => Arc::new(MemWire::new(server.store())),
             WireKind::Grpc => Arc::new(GrpcWire::new(self.api.clone())),
             WireKind::Shm => Arc::new(ShmWire::connect(Path::new(&self.offer(kind)), self.id, key).await?),
+            #[cfg(feature = "rdma")]
+            WireKind::Rdma => {
+                let address = format!("127.0.0.1{}", self.offer(kind));
+                let name = ServerName::try_from("127.0.0.1").expect("a name");
+                Arc::new(cairn_transfer::RdmaWire::connect(self.tls(), (address, name), self.id, key).await?)
+            }
+            #[cfg(not(feature = "rdma"))]
+            WireKind::Rdma => panic!("a build without RDMA"),
             WireKind::Tls => {
                 let address = format!("127.0.0.1{}", self.offer(kind));
                 let name = ServerName::try_from("127.0.0.1").expect("a name");
                 Arc::new(TlsWire::connect(self.tls(), (address, name), self.id, key).await?)
             }
             WireKind::Quic => Arc::new(self.quic(QuicOptions::default(), key).await?),
-            WireKind::Rdma => panic!("RDMA is tested in a virtual machine"),
         })
     }
 
@@ -292,7 +317,7 @@ impl Session {
     /// When the server refuses.
     pub async fn release(&self, lease: u64) {
         let request =
-            pb::ReleaseLeaseRequest { session_id: self.id, lease_ids: vec![lease], copied_bytes: 0 };
+            pb::ReleaseLeaseRequest { session_id: self.id, lease_ids: vec![lease], ..Default::default() };
         self.api.clone().release_lease(request).await.expect("released");
     }
 

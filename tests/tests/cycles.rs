@@ -6,7 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 use cairn_client::WireKind;
-use cairn_tests::wires::{Session, Site};
+use cairn_tests::wires::{Session, Site, wires};
 use cairn_tests::*;
 use cairn_transfer::{FetchJob, ShmWire};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -29,7 +29,8 @@ struct Held {
 fn held() -> Held {
     let count = |path: &str| std::fs::read_dir(path).unwrap().count();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let shared = |line: &&str| line.contains("cairn-host-chunk") || line.contains("cairn-staging");
+    let names = ["cairn-host-chunk", "cairn-staging", "cairn-rdma"];
+    let shared = |line: &&str| names.iter().any(|name| line.contains(name));
     Held {
         descriptors: count("/proc/self/fd"),
         chunk_mappings: maps.lines().filter(shared).count(),
@@ -40,8 +41,11 @@ fn held() -> Held {
 /// One client's visit, cut off at a random moment.
 async fn visit(site: &Site, rng: &mut StdRng) {
     let session = site.session().await;
-    let kind = [WireKind::Shm, WireKind::Tls, WireKind::Quic, WireKind::Grpc][rng.random_range(0..4)];
-    let patience = Duration::from_micros(rng.random_range(0..6000));
+    let kinds: Vec<_> = wires().into_iter().filter(|kind| *kind != WireKind::Mem).collect();
+    let kind = kinds[rng.random_range(0..kinds.len())];
+    // An emulated machine is slower.
+    let longest_us = if kind == WireKind::Rdma { 300_000 } else { 6000 };
+    let patience = Duration::from_micros(rng.random_range(0..longest_us));
     let (seed, blocks, deed) = (rng.random_range(0..40), rng.random_range(1..12), rng.random_range(0..4));
     // Whatever is in progress is dropped where it stands.
     let _ = tokio::time::timeout(patience, work(site, &session, kind, (seed, blocks, deed))).await;

@@ -255,7 +255,7 @@ impl Config {
     /// When a value cannot work.
     pub fn core(&self, hash_seed: [u64; 2]) -> Result<CoreConfig, ConfigError> {
         self.check_listen()?;
-        self.wires.check()?;
+        self.wires.check(&self.tls)?;
         let HostConfig { capacity_mib, chunk_mib, .. } = self.host;
         if chunk_mib == 0 || capacity_mib < chunk_mib {
             let text = format!(
@@ -355,9 +355,9 @@ impl Config {
         let ServerConfig { listen, http_listen, allow_insecure_network, allow_insecure_http, .. } =
             self.server;
         let secure = self.tls.cert_file.is_some() && !self.token.is_empty();
-        for (name, address) in
-            [("server.listen", listen), ("wires.data_listen", self.wires.data_address(listen))]
-        {
+        let data = ("wires.data_listen", self.wires.data_address(listen));
+        let rdma = self.wires.rdma_listen.map(|address| ("wires.rdma_listen", address));
+        for (name, address) in [("server.listen", listen), data].into_iter().chain(rdma) {
             if !address.ip().is_loopback() && !secure && !allow_insecure_network {
                 return Err(ConfigError::Value(format!(
                     "{name} is {address}: listening beyond loopback without TLS and authentication lets anybody on the \

@@ -44,6 +44,9 @@ pub struct WiresConfig {
     pub tls: bool,
     /// Offer QUIC.
     pub quic: bool,
+    /// Address of an RDMA device, for clients that have one too; needs `[tls]` and a build with the feature `rdma`. Block bytes are not
+    /// encrypted on that path. Port 0 picks a free one. Absent: no RDMA.
+    pub rdma_listen: Option<SocketAddr>,
     /// UDP payload that QUIC starts with. Larger ones are found by probing.
     pub quic_initial_mtu: u16,
     /// Largest UDP payload that QUIC probes for.
@@ -90,6 +93,7 @@ impl Default for WiresConfig {
             data_listen: None,
             tls: true,
             quic: true,
+            rdma_listen: None,
             quic_initial_mtu: MIN_MTU,
             quic_max_mtu: MAX_MTU,
             quic_window_mib: 8,
@@ -142,8 +146,17 @@ impl WiresConfig {
         })
     }
 
-    pub(super) fn check(&self) -> Result<(), ConfigError> {
+    pub(super) fn check(&self, tls: &TlsConfig) -> Result<(), ConfigError> {
         self.quic()?;
+        if self.rdma_listen.is_some() {
+            let wrong = |text: &str| Err(ConfigError::Value(format!("wires.rdma_listen {text}")));
+            if !cairn_transfer::HAS_RDMA {
+                return wrong("needs a build with RDMA (cargo build --release --features rdma)");
+            }
+            if tls.cert_file.is_none() {
+                return wrong("needs [tls]: clients are let in over a TLS data connection");
+            }
+        }
         if !self.shm_users.is_empty() && self.shm_path.is_none() {
             let text =
                 "wires.shm_users needs wires.shm_path: the default folder is for the server's user only";

@@ -88,7 +88,7 @@ impl pb::cache_server::Cache for CacheService {
     ) -> Answer<pb::ReleaseLeaseResponse> {
         self.0.authorize(&request, request.get_ref().session_id, Right::Read)?;
         let request = request.into_inner();
-        self.0.copied(request.copied_bytes);
+        self.0.copied(request.copied_bytes, request.rdma_bytes);
         self.0.release(SessionId(request.session_id), &request.lease_ids)?;
         Ok(Response::new(pb::ReleaseLeaseResponse {}))
     }

@@ -84,7 +84,7 @@ impl Context {
         let space = SpaceId::try_from(request.space_id.as_ref())?;
         let hashes = BlockHash::parse_list(&request.block_hashes)?;
         session.require_space(&space)?;
-        self.copied(request.copied_bytes);
+        self.copied(request.copied_bytes, request.rdma_bytes);
         self.release(id, &request.release_lease_ids)?;
         let ttl_ms = wire::clamp_ttl_ms(request.lease_ttl_ms);
         let event = Event::Lookup { session: id, space, hashes: &hashes, ttl_ms };
@@ -136,9 +136,10 @@ impl Context {
         })
     }
 
-    /// Clients say what they read in shared memory; nothing but a counter depends on it.
-    pub(crate) fn copied(&self, bytes: u64) {
-        self.metrics.sent(WireKind::Shm, bytes.min(MAX_COPIED_BYTES));
+    /// Clients say what they read in shared memory and by RDMA; nothing but counters depends on it.
+    pub(crate) fn copied(&self, shm_bytes: u64, rdma_bytes: u64) {
+        self.metrics.sent(WireKind::Shm, shm_bytes.min(MAX_COPIED_BYTES));
+        self.metrics.sent(WireKind::Rdma, rdma_bytes.min(MAX_COPIED_BYTES));
     }
 
     pub(crate) fn release(&self, session: SessionId, leases: &[u64]) -> Result<(), Status> {

@@ -86,6 +86,22 @@ pub trait Store: Send + Sync + 'static {
     /// When the lease ended or has no block there.
     fn export(&self, session: u64, lease: u64, chunk: u64) -> Result<(OwnedFd, u64), Status>;
 
+    /// The same memory where it is in this process. As long as the lease goes on it is the chunk's; later it may become another's:
+    /// who keeps the pages must ask again.
+    ///
+    /// # Errors
+    /// When the lease ended or has no block there.
+    fn chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<ChunkMemory, Status>;
+
+    /// Whether a chunk has this memory still.
+    fn is_current(&self, chunk: u64) -> bool;
+
+    /// Whose session it is; `None` where nobody is asked.
+    ///
+    /// # Errors
+    /// When it ended.
+    fn tenant(&self, session: u64) -> Result<Option<Arc<str>>, Status>;
+
     /// Memory from which one client publishes, while the hold lives.
     ///
     /// # Errors
@@ -97,6 +113,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// Bytes came in that do not match their checksum.
     fn mismatch(&self, space: &SpaceId, hash: &BlockHash);
+}
+
+/// A chunk of host memory.
+#[derive(Clone)]
+pub struct ChunkMemory {
+    /// Its first byte.
+    pub address: usize,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// The address is mapped while this lives.
+    pub hold: Hold,
 }
 
 /// Where a block is in shared memory: see `data.proto`. Never 0.

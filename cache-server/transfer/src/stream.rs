@@ -3,6 +3,8 @@
 use crate::Arrivals;
 use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::handshake;
+use crate::located::Io;
+use crate::rdma::RdmaServer;
 use crate::store::{Receiving, Store};
 use crate::wire::{FetchJob, PublishJob, WireKind};
 use bytes::Bytes;
@@ -96,30 +98,31 @@ pub(crate) async fn send_block<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Serves one authenticated connection until it or its session ends.
-pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+pub(crate) async fn serve<S: Io>(
     store: Arc<dyn Store>,
     io: S,
-    wire: WireKind,
+    rdma: Option<Arc<RdmaServer>>,
 ) -> Result<(), Status> {
     let mut link = Link::with_a_stranger(io);
     let (session, _place) = handshake::accept(&mut link, &*store).await?;
     tokio::select! {
         () = store.ended(session) => Ok(()),
-        result = requests(&store, &mut link, wire, session) => result,
+        result = requests(&store, &mut link, rdma.as_deref(), session) => result,
     }
 }
 
-async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
+async fn requests<S: Io>(
     store: &Arc<dyn Store>,
     link: &mut Link<S>,
-    wire: WireKind,
+    rdma: Option<&RdmaServer>,
     session: u64,
 ) -> Result<(), Status> {
+    let wire = WireKind::Tls;
     let idle = store.limits().idle_timeout;
     while let Some(frame) = link.request(idle).await? {
         match frame {
             Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
-                match within(idle, answer(store, link, session, (kind, body))).await {
+                match within(idle, answer(store, link, session, (kind, body), false)).await {
                     Err(status) if is_refusal(&status) => link.fail(&status).await?,
                     result => result?,
                 }
@@ -146,6 +149,10 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
                     }
                 }
             }
+            Frame::Message(kind::QUEUE_PAIR, _) => match rdma {
+                Some(rdma) => return rdma.serve(store, link, session).await,
+                None => link.fail(&Status::unimplemented("no RDMA at this server")).await?,
+            },
             other => {
                 let status = other.unexpected();
                 link.fail(&status).await?;
@@ -156,15 +163,16 @@ async fn requests<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(())
 }
 
-/// What takes one message to ask and one to answer.
+/// What takes one message to ask and one to answer. A lookup tells where blocks are if `locate`.
 pub(crate) async fn answer<S: AsyncRead + AsyncWrite + Unpin>(
     store: &Arc<dyn Store>,
     link: &mut Link<S>,
     session: u64,
     (kind, body): (u8, Bytes),
+    locate: bool,
 ) -> Result<(), Status> {
     if kind == kind::LOOKUP {
-        let found = store.lookup(session, &decode(body)?, false)?;
+        let found = store.lookup(session, &decode(body)?, locate)?;
         return link.send(kind::FOUND, &found).await;
     }
     let reserved = store.reserve(session, &decode(body)?)?;

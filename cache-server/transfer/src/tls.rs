@@ -5,6 +5,7 @@ use crate::Arrivals;
 use crate::frame::{Link, kind};
 use crate::handshake;
 use crate::pool::Pool;
+use crate::rdma::RdmaServer;
 use crate::store::{SessionKey, Store};
 use crate::stream;
 use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
@@ -31,15 +32,44 @@ const MAX_CONNECTIONS: usize = 4096;
 /// Pause when no more connections can be accepted (descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// TLS connections to one server, for one session.
-pub struct TlsWire {
+pub(crate) type TlsLink = Link<client::TlsStream<TcpStream>>;
+
+/// How to open data connections to one server, for one session.
+pub(crate) struct Dialer {
     connector: TlsConnector,
     /// `host:port`.
     address: String,
     name: ServerName<'static>,
     session: u64,
     key: SessionKey,
-    pool: Pool<Link<client::TlsStream<TcpStream>>>,
+}
+
+impl Dialer {
+    pub(crate) fn new(
+        config: Arc<rustls::ClientConfig>,
+        (address, name): (String, ServerName<'static>),
+        session: u64,
+        key: SessionKey,
+    ) -> Self {
+        Self { connector: TlsConnector::from(config), address, name, session, key }
+    }
+
+    pub(crate) async fn open(&self) -> Result<TlsLink, Status> {
+        let failed =
+            |error: std::io::Error| Status::unavailable(format!("cannot reach {}: {error}", self.address));
+        let socket = TcpStream::connect(&self.address).await.map_err(failed)?;
+        socket.set_nodelay(true).map_err(failed)?;
+        let stream = self.connector.connect(self.name.clone(), socket).await.map_err(failed)?;
+        let mut link = Link::new(stream);
+        handshake::open(&mut link, self.session, &self.key).await?;
+        Ok(link)
+    }
+}
+
+/// TLS connections to one server, for one session.
+pub struct TlsWire {
+    dialer: Dialer,
+    pool: Pool<TlsLink>,
     segment_bytes: Option<u32>,
     resumed: bool,
 }
@@ -51,26 +81,17 @@ impl TlsWire {
     /// When the server cannot be reached, is not who it should be, or does not know the session.
     pub async fn connect(
         config: Arc<rustls::ClientConfig>,
-        (address, name): (String, ServerName<'static>),
+        to: (String, ServerName<'static>),
         session: u64,
         key: SessionKey,
     ) -> Result<Self, Status> {
-        let connector = TlsConnector::from(config);
-        let mut wire = Self {
-            connector,
-            address,
-            name,
-            session,
-            key,
-            pool: Pool::new(),
-            segment_bytes: None,
-            resumed: false,
-        };
-        let mut first = wire.open().await?;
-        wire.segment_bytes = segment_bytes(first.io().get_ref().0);
-        wire.resumed = first.io().get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
-        wire.pool.give_back(first);
-        Ok(wire)
+        let dialer = Dialer::new(config, to, session, key);
+        let mut first = dialer.open().await?;
+        let segment_bytes = segment_bytes(first.io().get_ref().0);
+        let resumed = first.io().get_ref().1.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
+        let pool = Pool::new();
+        pool.give_back(first);
+        Ok(Self { dialer, pool, segment_bytes, resumed })
     }
 
     /// Payload of one TCP segment on the way to the server: what a packet can carry.
@@ -81,17 +102,6 @@ impl TlsWire {
     /// Whether the first connection went on from an earlier TLS session, without certificates crossing again.
     pub fn is_resumed(&self) -> bool {
         self.resumed
-    }
-
-    async fn open(&self) -> Result<Link<client::TlsStream<TcpStream>>, Status> {
-        let failed =
-            |error: std::io::Error| Status::unavailable(format!("cannot reach {}: {error}", self.address));
-        let socket = TcpStream::connect(&self.address).await.map_err(failed)?;
-        socket.set_nodelay(true).map_err(failed)?;
-        let stream = self.connector.connect(self.name.clone(), socket).await.map_err(failed)?;
-        let mut link = Link::new(stream);
-        handshake::open(&mut link, self.session, &self.key).await?;
-        Ok(link)
     }
 
     async fn ask<A: Message + Default>(
@@ -107,13 +117,10 @@ impl TlsWire {
         answer
     }
 
-    async fn taken(
-        &self,
-        idle: Option<Link<client::TlsStream<TcpStream>>>,
-    ) -> Result<Link<client::TlsStream<TcpStream>>, Status> {
+    async fn taken(&self, idle: Option<TlsLink>) -> Result<TlsLink, Status> {
         match idle {
             Some(link) => Ok(link),
-            None => self.open().await,
+            None => self.dialer.open().await,
         }
     }
 }
@@ -169,11 +176,11 @@ impl Wire for TlsWire {
     }
 }
 
-/// Serves TLS clients until `stop`.
+/// Serves TLS clients until `stop`; those that ask for it get queue pairs of `rdma`.
 pub async fn serve(
     store: Arc<dyn Store>,
-    listener: TcpListener,
-    config: Arc<rustls::ServerConfig>,
+    (listener, config): (TcpListener, Arc<rustls::ServerConfig>),
+    rdma: Option<Arc<RdmaServer>>,
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(config);
@@ -191,11 +198,11 @@ pub async fn serve(
             tracing::warn!(max = MAX_CONNECTIONS, "too many TLS data connections");
             continue;
         };
-        let (store, acceptor, stop) = (store.clone(), acceptor.clone(), stop.clone());
+        let (store, acceptor, rdma, stop) = (store.clone(), acceptor.clone(), rdma.clone(), stop.clone());
         tasks.spawn(async move {
             let work = async {
                 let stream = accept(&acceptor, socket).await?;
-                stream::serve(store, stream, WireKind::Tls).await
+                stream::serve(store, stream, rdma).await
             };
             if let Some(Err(status)) = stop.run_until_cancelled(work).await {
                 tracing::debug!(%peer, error = status.message(), "a TLS data connection ended");

@@ -19,7 +19,7 @@ pub(crate) struct ConnectArguments {
     /// A file with a bearer token.
     #[arg(long, env = "CAIRN_TOKEN_FILE", value_name = "PATH")]
     token_file: Option<PathBuf>,
-    /// The only way for block bytes: shm, quic, tls or grpc [default: the best that works].
+    /// The only way for block bytes: shm, rdma, quic, tls or grpc [default: the best that works].
     #[arg(long, env = "CAIRN_WIRE", value_name = "WIRE", value_parser = wire)]
     wire: Option<WireKind>,
     /// MiB on their way in one QUIC stream: more for long paths.
@@ -32,7 +32,9 @@ pub(crate) struct ConnectArguments {
 pub(crate) fn wire(name: &str) -> Result<WireKind, String> {
     match name.parse()? {
         WireKind::Mem => Err("mem is for servers inside the same process".into()),
-        WireKind::Rdma => Err("this build has no RDMA".into()),
+        WireKind::Rdma if !cairn_client::HAS_RDMA => {
+            Err("this build has no RDMA; cargo build --release --features rdma makes one that has".into())
+        }
         kind => Ok(kind),
     }
 }

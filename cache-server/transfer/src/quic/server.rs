@@ -178,7 +178,7 @@ impl QuicServer {
                 within(limits.fetch_timeout, self.send(link, connection, session, request)).await
             }
             Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
-                stream::answer(&self.store, link, session, (kind, body)).await
+                stream::answer(&self.store, link, session, (kind, body), false).await
             }
             Frame::Message(kind::PUBLISH, body) => {
                 let request: pb::PublishHeader = decode(body)?;

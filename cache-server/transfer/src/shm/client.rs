@@ -2,21 +2,20 @@
 
 use super::MAX_OFFERS;
 use super::fds::FdStream;
-use super::map::Map;
-use super::server::MAX_CHUNKS;
 use crate::Arrivals;
-use crate::frame::{Frame, Link, decode, kind, nonsense};
+use crate::frame::{Link, kind};
 use crate::handshake;
+use crate::located::{self, Bring, Located, MAX_CHUNKS, number, offset, told};
+use crate::map::Map;
 use crate::pool::Pool;
 use crate::store::{Location, SessionKey};
-use crate::stream::{self, is_refusal, lost};
+use crate::stream::{self, is_refusal};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
-use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, limits, pb};
+use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, pb};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use prost::Message;
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -56,6 +55,33 @@ struct PinConnection {
 struct Connection {
     link: Link<FdStream>,
     staging: Option<(Map, u64)>,
+}
+
+/// A connection that is used by a fetch.
+struct Reader<'a> {
+    wire: &'a Inner,
+    connection: &'a mut Connection,
+}
+
+impl Bring for Reader<'_> {
+    type Io = FdStream;
+
+    fn link(&mut self) -> &mut Link<FdStream> {
+        &mut self.connection.link
+    }
+
+    fn bring<'a>(
+        &'a mut self,
+        lease: u64,
+        places: &'a [(u32, Location)],
+        arrivals: &'a mut Arrivals<'_>,
+    ) -> BoxFuture<'a, Result<(), Status>> {
+        let work = async move {
+            self.wire.map(self.connection, lease, places.iter().map(|(_, place)| *place)).await?;
+            self.wire.copy(places, arrivals).await
+        };
+        work.boxed()
+    }
 }
 
 impl ShmWire {
@@ -118,68 +144,6 @@ impl ShmWire {
     }
 }
 
-/// What a server says about blocks that were asked for.
-#[derive(Default)]
-struct Located {
-    block_bytes: u64,
-    /// Only these may be spoken of.
-    asked: Range<usize>,
-    places: Vec<(u32, Location)>,
-    copies: BTreeMap<u32, Vec<u8>>,
-    lost: BTreeMap<u32, MissReason>,
-}
-
-impl Located {
-    /// Until the end of the answer. Bytes of blocks without a place go to `arrivals`, or are kept.
-    async fn receive(
-        &mut self,
-        link: &mut Link<FdStream>,
-        mut arrivals: Option<&mut Arrivals<'_>>,
-    ) -> Result<(), Status> {
-        loop {
-            match (link.answer().await?, &mut arrivals) {
-                (Frame::Message(kind::LOCATED, body), _) => {
-                    let located: pb::LocatedBlocks = decode(body)?;
-                    let places = located.locations.into_iter().map(Location);
-                    let places = located.blocks.into_iter().zip(places);
-                    self.places.extend(places.filter(|(block, _)| self.asked.contains(&(*block as usize))));
-                    if self.places.len() > self.asked.len() {
-                        return Err(nonsense("more places than blocks"));
-                    }
-                }
-                (Frame::Message(kind::LOST, body), Some(arrivals)) => lost(arrivals, body)?,
-                (Frame::Message(kind::LOST, body), None) => {
-                    let loss: pb::BlockLoss = decode(body)?;
-                    self.known(loss.block)?;
-                    self.lost.insert(loss.block, MissReason::try_from(loss.reason()).map_err(nonsense)?);
-                }
-                (Frame::Message(kind::END, _), _) => return Ok(()),
-                (Frame::Piece { block, offset, len }, Some(arrivals)) => {
-                    link.fill(arrivals.room(block, offset, len)?).await?;
-                    arrivals.added(block, len)?;
-                }
-                (Frame::Piece { block, offset, len }, None) => {
-                    self.known(block)?;
-                    let copy = self.copies.entry(block).or_insert_with(|| vec![0; self.block_bytes as usize]);
-                    let end = (offset as usize).saturating_add(len);
-                    let target = copy.get_mut(offset as usize..end);
-                    link.fill(target.ok_or_else(|| Status::internal("bytes outside a block"))?).await?;
-                }
-                (other, _) => return Err(other.unexpected()),
-            }
-        }
-    }
-}
-
-impl Located {
-    fn known(&self, block: u32) -> Result<(), Status> {
-        match self.asked.contains(&(block as usize)) {
-            true => Ok(()),
-            false => Err(nonsense("a block that was not asked for")),
-        }
-    }
-}
-
 impl Inner {
     async fn pin_connection(&self) -> Result<Arc<PinConnection>, Status> {
         let mut current = self.pins.lock().await;
@@ -218,7 +182,7 @@ impl Inner {
         if *current != location.chunk() {
             return None;
         }
-        let offset = location.index() * block_bytes.next_multiple_of(limits::SLOT_ALIGN_BYTES);
+        let offset = offset(location, block_bytes);
         map.at(offset, block_bytes)?;
         Some((map.clone(), offset))
     }
@@ -265,13 +229,7 @@ impl Inner {
     }
 
     async fn fetch(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
-        let known = |block: &usize| job.locations.get(*block).is_some_and(|place| *place != 0);
-        let places: Vec<(u32, Location)> = job
-            .blocks
-            .clone()
-            .filter(known)
-            .map(|block| (block as u32, Location(job.locations[block])))
-            .collect();
+        let places = told(job);
         let block_bytes = arrivals.promise().block_bytes;
         if places.len() == job.blocks.len()
             && places.iter().all(|(_, place)| self.place(*place, block_bytes).is_some())
@@ -280,19 +238,7 @@ impl Inner {
         }
         let mut taken = self.pool.take().await?;
         let mut connection = self.connected(taken.connection()).await?;
-        self.map(&mut connection, job.lease, places.iter().map(|(_, place)| *place)).await?;
-        self.copy(&places, arrivals).await?;
-        while let Some(rest) = arrivals.undecided() {
-            let request = FetchJob { blocks: rest.clone(), ..job.clone() }.request();
-            connection.link.send(kind::FETCH, &request).await?;
-            let mut answer = Located { block_bytes, asked: rest.clone(), ..Located::default() };
-            answer.receive(&mut connection.link, Some(arrivals)).await?;
-            self.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
-            self.copy(&answer.places, arrivals).await?;
-            if arrivals.undecided() == Some(rest) {
-                return Err(Status::internal("the server says nothing about blocks that were asked for"));
-            }
-        }
+        located::fetch(&mut Reader { wire: self, connection: &mut connection }, job, arrivals).await?;
         self.pool.give_back(connection);
         Ok(())
     }
@@ -368,11 +314,6 @@ impl PinConnection {
         self.idle.store(true, Ordering::Release);
         Ok(())
     }
-}
-
-/// The number of a chunk without its generation.
-fn number(location: Location) -> u64 {
-    location.chunk() & 0xFF_FFFF
 }
 
 async fn get_staging(link: &mut Link<FdStream>) -> Result<(Map, u64), Status> {

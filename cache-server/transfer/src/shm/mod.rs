@@ -6,7 +6,6 @@
 
 mod client;
 mod fds;
-mod map;
 mod server;
 
 pub use client::{Pinned, ShmWire};

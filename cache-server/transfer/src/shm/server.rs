@@ -2,16 +2,17 @@
 //! lets go or its process ends, whatever becomes of its session, because it may be reading them.
 
 use super::fds;
-use super::map::{Map, memory};
-use crate::copy::copy_shared;
 use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
-use crate::store::{Hold, Receiving, Store};
-use crate::stream::{LONGEST_PUBLISH, drain, is_refusal, send_block, within};
+use crate::located::{MAX_CHUNKS, Serve, locate, requests, take_offers};
+use crate::map::{Map, memory};
+use crate::store::{Hold, Store};
+use crate::stream;
 use crate::wire::WireKind;
 use bytes::Bytes;
-use cairn_proto::{Checksum, pb};
-use futures::StreamExt;
+use cairn_proto::pb;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use prost::Message;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,9 +28,6 @@ use tonic::Status;
 
 /// Clients' connections at a time, in all.
 const MAX_CONNECTIONS: usize = 4096;
-
-/// Chunks of one request: each is a descriptor on its way.
-pub(super) const MAX_CHUNKS: usize = 64;
 
 /// Pins of one connection.
 const MAX_PINS: usize = 4096;
@@ -121,7 +119,7 @@ impl ShmServer {
         let ended = self.store.ended(session);
         let result = tokio::select! {
             () = ended => Ok(()),
-            result = connection.requests() => result,
+            result = requests(&mut connection) => result,
         };
         if !connection.pins.is_empty() {
             connection.outlive().await;
@@ -188,39 +186,33 @@ struct Staging {
     _room: Hold,
 }
 
-impl Connection {
-    async fn requests(&mut self) -> Result<(), Status> {
-        let limits = self.store.limits();
-        while let Some(frame) = self.link.request(limits.idle_timeout).await? {
-            let Frame::Message(kind, body) = frame else { return Err(frame.unexpected()) };
-            if kind == kind::PUBLISH {
-                let pb::PublishHeader { reservation_id, .. } = decode(body)?;
-                match within(LONGEST_PUBLISH, self.publish(reservation_id)).await {
-                    Ok(response) => {
-                        within(limits.idle_timeout, self.link.send(kind::COMMITS, &response)).await?
-                    }
-                    Err(status) => {
-                        self.link.fail(&status).await?;
-                        if !is_refusal(&status) {
-                            return Err(status);
-                        }
-                        drain(&mut self.link, limits.idle_timeout).await?;
-                    }
-                }
-                continue;
-            }
-            match within(limits.fetch_timeout, self.request(kind, body)).await {
-                Err(status) if is_refusal(&status) => self.link.fail(&status).await?,
-                result => result?,
-            }
-        }
-        Ok(())
+impl Serve for Connection {
+    type Io = UnixStream;
+
+    fn store(&self) -> &Arc<dyn Store> {
+        &self.store
     }
 
+    fn link(&mut self) -> &mut Link<UnixStream> {
+        &mut self.link
+    }
+
+    fn answer(&mut self, kind: u8, body: Bytes) -> BoxFuture<'_, Result<(), Status>> {
+        self.request(kind, body).boxed()
+    }
+
+    fn publish(&mut self, reservation: u64) -> BoxFuture<'_, Result<pb::PublishResponse, Status>> {
+        let staging = self.staging.as_ref().map(|staging| &staging.map);
+        take_offers(&self.store, &mut self.link, (WIRE, self.session), reservation, staging).boxed()
+    }
+}
+
+impl Connection {
     async fn request(&mut self, kind: u8, body: Bytes) -> Result<(), Status> {
         match kind {
-            kind::LOOKUP => self.lookup(&decode(body)?).await,
-            kind::RESERVE => self.reserve(&decode(body)?).await,
+            kind::LOOKUP | kind::RESERVE => {
+                stream::answer(&self.store, &mut self.link, self.session, (kind, body), true).await
+            }
             kind::MAP => self.map(decode(body)?).await,
             kind::FETCH => {
                 let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
@@ -240,23 +232,13 @@ impl Connection {
         }
     }
 
-    async fn lookup(&mut self, request: &pb::LookupRequest) -> Result<(), Status> {
-        let response = self.store.lookup(self.session, request, true)?;
-        self.link.send(kind::FOUND, &response).await
-    }
-
-    async fn reserve(&mut self, request: &pb::ReserveRequest) -> Result<(), Status> {
-        let response = self.store.reserve(self.session, request)?;
-        self.link.send(kind::RESERVED, &response).await
-    }
-
     async fn map(&mut self, request: pb::MapRequest) -> Result<(), Status> {
         if request.chunks.len() > MAX_CHUNKS {
             return Err(Status::invalid_argument(format!("at most {MAX_CHUNKS} chunks in one request")));
         }
         for chunk in request.chunks {
             let (fd, bytes) = self.store.export(self.session, request.lease_id, chunk)?;
-            self.send_memory(kind::MAPPED, &pb::MappedChunk { chunk, bytes }, &fd).await?;
+            self.send_memory(kind::MAPPED, &pb::MappedChunk { chunk, bytes, rkey: 0 }, &fd).await?;
         }
         Ok(())
     }
@@ -271,44 +253,16 @@ impl Connection {
         sent.map_err(|error| Status::unavailable(error.to_string()))
     }
 
-    /// Tells where blocks are, or sends those that are nowhere in shared memory.
-    async fn locate(
-        &mut self,
-        (lease, first, count): (u64, u32, u32),
-        pin: Option<u64>,
-    ) -> Result<(), Status> {
+    async fn locate(&mut self, blocks: (u64, u32, u32), pin: Option<u64>) -> Result<(), Status> {
         if pin.is_some() && self.pins.len() >= MAX_PINS {
             return Err(Status::resource_exhausted(format!("at most {MAX_PINS} views on one connection")));
         }
-        let positions = (first as usize, count as usize);
-        let mut reading = self.store.read(WIRE, self.session, lease, positions)?;
-        let mut sent = 0;
-        let link = &mut self.link;
-        let mut located = pb::LocatedBlocks::default();
-        while let Some((block, brought)) = reading.blocks.next().await {
-            match brought {
-                Ok(brought) => {
-                    sent += brought.bytes.len() as u64;
-                    if let Some(location) = brought.location {
-                        located.blocks.push(block);
-                        located.locations.push(location.0);
-                    } else {
-                        send_block(link, block, &brought.bytes).await?;
-                    }
-                }
-                Err(reason) => {
-                    let reason = pb::MissReason::from(reason).into();
-                    link.push(kind::LOST, &pb::BlockLoss { block, reason });
-                }
-            }
-        }
-        self.store.sent(WIRE, sent);
-        // If the client does not hear of the pin, the connection and all its pins are over.
+        let (hold, bytes) = locate(&self.store, &mut self.link, (WIRE, self.session), blocks).await?;
+        // If the client does not hear of the pin, the connection and all its pins are over. What it copies it tells itself.
         if let Some(pin) = pin {
-            self.pins.insert(pin, reading.hold.clone());
+            self.store.sent(WIRE, bytes);
+            self.pins.insert(pin, hold);
         }
-        drop(reading);
-        self.link.push(kind::LOCATED, &located);
         self.link.send(kind::END, &()).await
     }
 
@@ -320,55 +274,7 @@ impl Connection {
         let fd = memory(c"cairn-staging", bytes).map_err(failed)?;
         let own = fd.try_clone().map_err(failed)?;
         self.staging = Some(Staging { map: Map::read_only(own, bytes).map_err(failed)?, _room: room });
-        self.send_memory(kind::STAGED, &pb::StagedMemory { bytes }, &fd).await
-    }
-
-    async fn publish(&mut self, reservation: u64) -> Result<pb::PublishResponse, Status> {
-        let idle = self.store.limits().idle_timeout;
-        let filling = self.store.fill(WIRE, self.session, reservation)?;
-        let mut receiving = Receiving::new(self.store.clone(), filling);
-        loop {
-            match within(idle, self.link.answer()).await? {
-                Frame::Message(kind::OFFER, body) => {
-                    self.take(&mut receiving, &decode(body)?)?;
-                    self.link.send(kind::TAKEN, &pb::TakenPieces { count: 1 }).await?;
-                }
-                Frame::Message(kind::END, _) => return Ok(receiving.finish()),
-                other => return Err(other.unexpected()),
-            }
-        }
-    }
-
-    /// Copies what the client offers. The client can change it meanwhile: what counts is what was copied.
-    fn take(&self, receiving: &mut Receiving, offer: &pb::OfferedPiece) -> Result<(), Status> {
-        let place = self.staging.as_ref().and_then(|staging| staging.map.at(offer.at, offer.bytes));
-        let source = place.ok_or_else(|| Status::invalid_argument("an offer outside the staging memory"))?;
-        let promised = match offer.checksum.is_empty() {
-            true => None,
-            false => Some(Checksum::try_from(offer.checksum.as_ref())?),
-        };
-        if offer.offset == 0
-            && let Some(promised) = promised
-        {
-            return receiving.whole(offer.block, promised, |space, hash, target| {
-                if target.len() as u64 != offer.bytes {
-                    return Err(Status::invalid_argument("a block is offered whole, or piece by piece"));
-                }
-                // SAFETY: the place is inside the mapping for the bytes of the target, which is no part of it.
-                Ok(unsafe { copy_shared(space, hash, source, target) })
-            });
-        }
-        let len = offer.bytes as usize;
-        let target = receiving.room(offer.block, offer.offset, len)?;
-        // SAFETY: as above.
-        unsafe { std::ptr::copy_nonoverlapping(source, target.as_mut_ptr(), len) };
-        receiving.added(offer.block, len)?;
-        match promised {
-            Some(_) => {
-                receiving.seal(&pb::BlockSeal { block: offer.block, checksum: offer.checksum.clone() })
-            }
-            None => Ok(()),
-        }
+        self.send_memory(kind::STAGED, &pb::StagedMemory { bytes, rkey: 0 }, &fd).await
     }
 
     /// The session is over, but the client may still read what it pinned: until its process closes the socket, or lets go.

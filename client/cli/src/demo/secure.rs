@@ -4,8 +4,10 @@ use super::DemoOptions;
 use crate::CliError;
 use crate::certs::new_token;
 use crate::connect::ConnectArguments;
+use cairn_client::WireKind;
 use cairn_server::certs::{CertsOptions, make};
 use clap::Parser;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -38,8 +40,12 @@ impl Secure {
         let token = path("token");
         new_token(token.as_ref())?;
         let config = path("cairn.toml");
+        let rdma = match options.wire {
+            Some(WireKind::Rdma) => format!("rdma_listen = \"{}:0\"\n", rdma_address()?),
+            _ => String::new(),
+        };
         let text = format!(
-            "[tls]\ncert_file = {:?}\nkey_file = {:?}\n[wires]\ndata_listen = \"127.0.0.1:0\"\n\
+            "[tls]\ncert_file = {:?}\nkey_file = {:?}\n[wires]\ndata_listen = \"127.0.0.1:0\"\n{rdma}\
              [[token]]\ntenant = \"default\"\nrights = [\"read\", \"publish\", \"admin\"]\nfile = {token:?}\n",
             certs.server.0.display().to_string(),
             certs.server.1.display().to_string(),
@@ -58,4 +64,13 @@ impl Secure {
         let arguments = std::iter::once("demo").chain(self.arguments.iter().map(String::as_str));
         Connect::try_parse_from(arguments).map(|connect| connect.arguments).map_err(CliError::failed)
     }
+}
+
+fn rdma_address() -> Result<Ipv4Addr, CliError> {
+    let found = cairn_client::rdma_addresses().into_iter().next();
+    found.ok_or_else(|| {
+        CliError::Failed(
+            "there is no RDMA device with an IPv4 address on this machine (`rdma link` lists devices)".into(),
+        )
+    })
 }

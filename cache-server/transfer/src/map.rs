@@ -8,35 +8,41 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 /// A mapping.
-pub(super) struct Map {
+pub(crate) struct Map {
     map: MmapRaw,
     bytes: u64,
 }
 
 impl Map {
     /// For reading. A file that could shrink under the mapping would kill the reader: it must be sealed against that.
-    pub(super) fn read_only(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
+    pub(crate) fn read_only(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         let len = checked(&fd, bytes)?;
         let map = MmapOptions::new().len(len).map_raw_read_only(&File::from(fd))?;
         Ok(Self { map, bytes })
     }
 
     /// For reading and writing.
-    pub(super) fn writable(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
+    pub(crate) fn writable(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         let len = checked(&fd, bytes)?;
         let map = MmapOptions::new().len(len).map_raw(&File::from(fd))?;
         Ok(Self { map, bytes })
     }
 
+    /// Its first byte.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn address(&self) -> usize {
+        self.map.as_mut_ptr().expose_provenance()
+    }
+
     /// The first of `len` bytes at `offset`, if they are inside.
-    pub(super) fn at(&self, offset: u64, len: u64) -> Option<*const u8> {
+    pub(crate) fn at(&self, offset: u64, len: u64) -> Option<*const u8> {
         let end = offset.checked_add(len)?;
         // `wrapping_add` stays inside the mapping, for `end` does.
         (end <= self.bytes).then(|| self.map.as_ptr().wrapping_add(offset as usize))
     }
 
     /// Stores bytes at a place that must be inside.
-    pub(super) fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let place = self.at(offset, data.len() as u64);
         place.ok_or_else(|| io::Error::other("outside the staging memory"))?;
         // SAFETY: the range is inside a mapping made by `writable` (the only ones that are written to), and no reference covers it.
@@ -57,7 +63,7 @@ fn checked(fd: &OwnedFd, bytes: u64) -> io::Result<usize> {
 }
 
 /// New memory of a fixed size.
-pub(super) fn memory(name: &std::ffi::CStr, bytes: u64) -> io::Result<OwnedFd> {
+pub(crate) fn memory(name: &std::ffi::CStr, bytes: u64) -> io::Result<OwnedFd> {
     let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&fd, bytes)?;
     fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
