@@ -78,7 +78,7 @@ impl CacheClient {
         self.fetch_until(run, first, targets, (self.fetch_deadline(), watch)).await
     }
 
-    fn fetch_deadline(&self) -> Instant {
+    pub(crate) fn fetch_deadline(&self) -> Instant {
         Instant::now() + self.options().fetch_timeout
     }
 
@@ -99,38 +99,51 @@ impl CacheClient {
             Ok(_) => return Fetched::missed(count, MissReason::LeaseLost),
             Err(reason) => return Fetched::missed(count, reason),
         };
-        let promise = Promise {
-            space: run.space.id(),
-            block_bytes: run.space.block_bytes(),
-            hashes: &run.hashes,
-            checksums: &run.checksums,
-        };
-        let mut arrivals = Arrivals::new(promise, first, targets);
+        let mut arrivals = Arrivals::new(promise(run), first, targets);
         let mut range_bytes = 0;
         if let Some((bytes, progress)) = watch {
             range_bytes = bytes;
             arrivals = arrivals.watched(progress);
         }
         let (wire, missing) = bring(&connection, run, range_bytes, &mut arrivals, deadline).await;
-        let found = arrivals.found().iter().enumerate();
-        let outcome = |(i, found): (usize, &Option<Arrival>)| match found {
-            Some(Arrival::Whole) => Outcome::Hit(run.tiers[first + i]),
-            Some(Arrival::Lost(reason)) => Outcome::Miss(*reason),
-            // Its slot may have been given to another block before it was read.
-            Some(Arrival::Corrupt) if run.lease.remaining().is_zero() => Outcome::Miss(MissReason::LeaseLost),
-            Some(Arrival::Corrupt) => {
-                tracing::warn!(hash = ?run.hashes[first + i], "a fetched block is corrupt");
-                report(&connection, run.lease.clone(), (first + i) as u32);
-                Outcome::Corrupt
-            }
-            None => Outcome::Miss(missing),
-        };
-        Fetched { outcomes: found.map(outcome).collect(), wire }
+        Fetched { outcomes: outcomes(&connection, run, first, &arrivals, missing), wire }
+    }
+}
+
+/// What became of blocks from `first` on, and why those are missing that nothing is known of. Reports corrupt ones.
+pub(crate) fn outcomes(
+    connection: &Connection,
+    run: &Run,
+    first: usize,
+    arrivals: &Arrivals<'_>,
+    missing: MissReason,
+) -> Vec<Outcome> {
+    let outcome = |(i, found): (usize, &Option<Arrival>)| match found {
+        Some(Arrival::Whole) => Outcome::Hit(run.tiers[first + i]),
+        Some(Arrival::Lost(reason)) => Outcome::Miss(*reason),
+        // Its slot may have been given to another block before it was read.
+        Some(Arrival::Corrupt) if run.lease.remaining().is_zero() => Outcome::Miss(MissReason::LeaseLost),
+        Some(Arrival::Corrupt) => {
+            tracing::warn!(hash = ?run.hashes[first + i], "a fetched block is corrupt");
+            report(connection, run.lease.clone(), (first + i) as u32);
+            Outcome::Corrupt
+        }
+        None => Outcome::Miss(missing),
+    };
+    arrivals.found().iter().enumerate().map(outcome).collect()
+}
+
+pub(crate) fn promise(run: &Run) -> Promise<'_> {
+    Promise {
+        space: run.space.id(),
+        block_bytes: run.space.block_bytes(),
+        hashes: &run.hashes,
+        checksums: &run.checksums,
     }
 }
 
 /// Tries one wire after the other until every block is decided. Says which was the last, and why what is missing is.
-async fn bring(
+pub(crate) async fn bring(
     connection: &Connection,
     run: &Run,
     range_bytes: u64,
@@ -175,7 +188,7 @@ async fn bring(
     (last, missing)
 }
 
-fn whole(arrivals: &Arrivals<'_>) -> u64 {
+pub(crate) fn whole(arrivals: &Arrivals<'_>) -> u64 {
     arrivals.found().iter().filter(|found| **found == Some(Arrival::Whole)).count() as u64
 }
 

@@ -14,6 +14,7 @@ mod lease;
 mod lookup;
 mod options;
 mod publish;
+mod read;
 mod view;
 mod wires;
 

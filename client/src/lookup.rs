@@ -25,7 +25,7 @@ impl Lookup {
         self.run.as_ref().map_or(0, Run::len)
     }
 
-    fn missed(count: usize, reason: MissReason) -> Self {
+    pub(crate) fn missed(count: usize, reason: MissReason) -> Self {
         Self { outcomes: vec![Outcome::Miss(reason); count], run: None }
     }
 }
@@ -71,35 +71,64 @@ impl CacheClient {
     }
 
     async fn try_lookup(&self, space: &KeySpace, hashes: &[BlockHash]) -> Result<Lookup, MissReason> {
-        let options = self.options();
-        let (connection, deadline) = self.connection_for(space, options.lookup_timeout).await?;
+        let (connection, deadline) = self.connection_for(space, self.options().lookup_timeout).await?;
         let asked = Instant::now();
+        let request = self.question(&connection, space, hashes);
+        let told = request.clone();
+        let answer = ask(&connection, request, deadline).await;
+        let answer = answer.map_err(|status| self.unanswered(&connection, &told, &status))?;
+        self.found(&connection, (space, hashes), &answer, asked)
+    }
+
+    /// The request for a lookup, with what the server should hear of at the next opportunity.
+    pub(crate) fn question(
+        &self,
+        connection: &Connection,
+        space: &KeySpace,
+        hashes: &[BlockHash],
+    ) -> pb::LookupRequest {
         let (copied_bytes, rdma_bytes) = connection.wires.take_unheard();
-        let request = pb::LookupRequest {
+        pb::LookupRequest {
             session_id: connection.session,
             space_id: space.id().0.to_vec().into(),
             block_hashes: BlockHash::concat(hashes),
-            lease_ttl_ms: u32::try_from(options.lease_ttl.as_millis()).unwrap_or(u32::MAX),
+            lease_ttl_ms: u32::try_from(self.options().lease_ttl.as_millis()).unwrap_or(u32::MAX),
             release_lease_ids: self.releases().take(connection.session),
             copied_bytes,
             rdma_bytes,
-        };
-        let released = request.release_lease_ids.clone();
-        let answer = ask(&connection, request, deadline).await.inspect_err(|_| {
-            // To release a lease twice does no harm.
-            self.releases().put_back(connection.session, released);
-            connection.wires.came(WireKind::Shm, copied_bytes);
-            connection.wires.came(WireKind::Rdma, rdma_bytes);
-        });
-        let answer = answer.map_err(|status| match status.code() {
+        }
+    }
+
+    /// Why there is no answer to a request; keeps what the server was to hear.
+    pub(crate) fn unanswered(
+        &self,
+        connection: &Connection,
+        request: &pb::LookupRequest,
+        status: &Status,
+    ) -> MissReason {
+        // To release a lease twice does no harm.
+        self.releases().put_back(connection.session, request.release_lease_ids.clone());
+        connection.wires.came(WireKind::Shm, request.copied_bytes);
+        connection.wires.came(WireKind::Rdma, request.rdma_bytes);
+        match status.code() {
             tonic::Code::NotFound => MissReason::PeerDown,
-            _ => reason(&status),
-        })?;
+            _ => reason(status),
+        }
+    }
+
+    /// What an answer says.
+    pub(crate) fn found(
+        &self,
+        connection: &Connection,
+        (space, hashes): (&KeySpace, &[BlockHash]),
+        answer: &pb::LookupResponse,
+        asked: Instant,
+    ) -> Result<Lookup, MissReason> {
         let lease = (answer.lease_id != 0).then(|| {
             let ttl = Duration::from_millis(u64::from(answer.lease_ttl_ms));
             Lease::new(connection.session, answer.lease_id, (asked, ttl), self.releases())
         });
-        parse(space, hashes, &answer, lease).map_err(|status| {
+        parse(space, hashes, answer, lease).map_err(|status| {
             tracing::warn!(error = status.message(), "the cache server's answer makes no sense");
             MissReason::PeerDown
         })

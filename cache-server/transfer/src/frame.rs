@@ -21,6 +21,7 @@ pub(crate) mod kind {
     pub(crate) const PIECE: u8 = 11;
     pub(crate) const LOST: u8 = 12;
     pub(crate) const END: u8 = 13;
+    pub(crate) const READ: u8 = 14;
     pub(crate) const LANES: u8 = 15;
     pub(crate) const PUBLISH: u8 = 20;
     pub(crate) const SEAL: u8 = 21;

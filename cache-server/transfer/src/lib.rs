@@ -39,7 +39,7 @@ pub use rdma::RdmaWire;
 pub use shm::{ShmServer, ShmServerError, ShmWire};
 pub use store::{Receiving, Store};
 pub use tls::TlsWire;
-pub use wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
+pub use wire::{FetchJob, Following, Found, Offer, PublishJob, Reader, Wire, WireKind};
 
 /// Whether this build has RDMA.
 pub const HAS_RDMA: bool = cfg!(feature = "rdma");

@@ -16,6 +16,7 @@ pub(crate) struct Pool<C> {
 /// One connection, taken.
 pub(crate) struct Taken<'a, C> {
     connection: Option<C>,
+    pool: &'a Pool<C>,
     _permit: SemaphorePermit<'a>,
 }
 
@@ -28,7 +29,7 @@ impl<C> Pool<C> {
     pub(crate) async fn take(&self) -> Result<Taken<'_, C>, Status> {
         let permit = self.room.acquire().await;
         let permit = permit.map_err(|_| Status::unavailable("the wire is closed"))?;
-        Ok(Taken { connection: self.idle().pop(), _permit: permit })
+        Ok(Taken { connection: self.idle().pop(), pool: self, _permit: permit })
     }
 
     /// For the next request.
@@ -43,6 +44,11 @@ impl<C> Pool<C> {
 }
 
 impl<C> Taken<'_, C> {
+    /// For the next request, by whoever took it.
+    pub(crate) fn put_back(self, connection: C) {
+        self.pool.give_back(connection);
+    }
+
     pub(crate) fn connection(&mut self) -> Option<C> {
         self.connection.take()
     }

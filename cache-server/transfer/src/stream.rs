@@ -20,6 +20,9 @@ use tonic::Status;
 /// No reservation lasts longer, so nothing that comes later could be committed.
 pub(crate) const LONGEST_PUBLISH: Duration = Duration::from_millis(limits::MAX_TTL_MS as u64);
 
+/// Of a block, in lists.
+const CHECKSUM_BYTES: usize = 16;
+
 /// Read at once of what nobody wants.
 const DRAIN_BYTES: usize = 64 << 10;
 
@@ -127,6 +130,13 @@ async fn requests<S: Io>(
                     result => result?,
                 }
             }
+            Frame::Message(kind::READ, body) => {
+                let work = find_and_send(store, link, (wire, session), decode(body)?);
+                match within(store.limits().fetch_timeout, work).await {
+                    Err(status) if is_refusal(&status) => link.fail(&status).await?,
+                    result => result?,
+                }
+            }
             Frame::Message(kind::FETCH, body) => {
                 let request: pb::FetchRequest = decode(body)?;
                 let timeout = store.limits().fetch_timeout;
@@ -192,6 +202,34 @@ pub(crate) async fn ask<S: AsyncRead + AsyncWrite + Unpin, A: Message + Default>
         refused @ Frame::Message(kind::FAILED, _) => Ok(Err(refused.unexpected())),
         frame => frame.of_kind(answer).map(Ok),
     }
+}
+
+/// A lookup, and at once the blocks that it finds.
+pub(crate) async fn find_and_send<S: AsyncRead + AsyncWrite + Unpin>(
+    store: &Arc<dyn Store>,
+    link: &mut Link<S>,
+    (wire, session): (WireKind, u64),
+    request: pb::ReadRequest,
+) -> Result<(), Status> {
+    let lookup = request.lookup.ok_or_else(|| Status::invalid_argument("a read without its lookup"))?;
+    let found = store.lookup(session, &lookup, false)?;
+    let lease_id = found.lease_id;
+    let hits = (found.checksums.len() / CHECKSUM_BYTES) as u32;
+    link.push(kind::FOUND, &found);
+    let count = hits.saturating_sub(request.first).min(request.count);
+    if count == 0 {
+        return link.send(kind::END, &()).await;
+    }
+    let wanted = pb::FetchRequest { lease_id, first: request.first, count, ..Default::default() };
+    send(store, link, wire, session, &wanted).await
+}
+
+/// The client's side of a read, up to the blocks.
+pub(crate) async fn find<S: AsyncRead + AsyncWrite + Unpin>(
+    link: &mut Link<S>,
+    request: &pb::ReadRequest,
+) -> Result<Result<pb::LookupResponse, Status>, Status> {
+    ask(link, kind::READ, request, kind::FOUND).await
 }
 
 /// Whether the connection is fine and only the request is not.

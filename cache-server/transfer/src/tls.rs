@@ -4,11 +4,11 @@
 use crate::Arrivals;
 use crate::frame::{Link, kind};
 use crate::handshake;
-use crate::pool::Pool;
+use crate::pool::{Pool, Taken};
 use crate::rdma::RdmaServer;
 use crate::store::{SessionKey, Store};
 use crate::stream;
-use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
+use crate::wire::{FetchJob, Following, Found, PublishJob, Reader, Wire, WireKind};
 use cairn_proto::pb;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -125,9 +125,46 @@ impl TlsWire {
     }
 }
 
+/// Blocks that follow on a connection that was taken for them.
+struct Coming<'a> {
+    taken: Taken<'a, TlsLink>,
+    link: TlsLink,
+}
+
+impl Following for Coming<'_> {
+    fn receive<'a>(mut self: Box<Self>, arrivals: &'a mut Arrivals<'_>) -> BoxFuture<'a, Result<(), Status>>
+    where
+        Self: 'a,
+    {
+        let work = async move {
+            stream::receive(&mut self.link, arrivals).await?;
+            self.taken.put_back(self.link);
+            Ok(())
+        };
+        work.boxed()
+    }
+}
+
 /// `None` when the system does not say.
 fn segment_bytes(socket: &TcpStream) -> Option<u32> {
     socket2::SockRef::from(socket).tcp_mss().ok()
+}
+
+impl Reader for TlsWire {
+    fn read<'a>(&'a self, request: &'a pb::ReadRequest) -> BoxFuture<'a, Result<Found<'a>, Status>> {
+        let work = async move {
+            let mut taken = self.pool.take().await?;
+            let mut link = self.taken(taken.connection()).await?;
+            match stream::find(&mut link, request).await? {
+                Ok(found) => Ok((found, Box::new(Coming { taken, link }) as Box<dyn Following + 'a>)),
+                Err(refusal) => {
+                    taken.put_back(link);
+                    Err(refusal)
+                }
+            }
+        };
+        work.boxed()
+    }
 }
 
 impl Wire for TlsWire {
@@ -166,6 +203,10 @@ impl Wire for TlsWire {
         request: &'a pb::LookupRequest,
     ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
         Some(self.ask(kind::LOOKUP, request, kind::FOUND).boxed())
+    }
+
+    fn reader(&self) -> Option<&dyn Reader> {
+        Some(self)
     }
 
     fn reserve<'a>(

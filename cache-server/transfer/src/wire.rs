@@ -114,6 +114,23 @@ pub struct Offer {
     pub checksum: Checksum,
 }
 
+/// The blocks that were found, on their way.
+pub trait Following: Send {
+    /// Brings them into their targets; as [`Wire::fetch`].
+    fn receive<'a>(self: Box<Self>, arrivals: &'a mut Arrivals<'_>) -> BoxFuture<'a, Result<(), Status>>
+    where
+        Self: 'a;
+}
+
+/// What a read finds, and what follows.
+pub type Found<'a> = (pb::LookupResponse, Box<dyn Following + 'a>);
+
+/// A wire whose server can send blocks unasked.
+pub trait Reader: Send + Sync {
+    /// A lookup whose blocks follow its answer.
+    fn read<'a>(&'a self, request: &'a pb::ReadRequest) -> BoxFuture<'a, Result<Found<'a>, Status>>;
+}
+
 /// The client's end of a wire. Dropping a future cancels what it does and leaves nothing half-used behind.
 pub trait Wire: Send + Sync {
     /// Which.
@@ -138,7 +155,12 @@ pub trait Wire: Send + Sync {
         None
     }
 
-    /// Likewise for a reservation.
+    /// Where a fetch costs a round trip that a lookup can save.
+    fn reader(&self) -> Option<&dyn Reader> {
+        None
+    }
+
+    /// A reservation that is faster over this wire than over gRPC, if it can do one.
     fn reserve<'a>(
         &'a self,
         _request: &'a pb::ReserveRequest,

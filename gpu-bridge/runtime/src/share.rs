@@ -2,7 +2,7 @@
 
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
-use cairn_client::{Block, CacheClient, WireKind};
+use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, WireKind};
 use cairn_gpu::{Device, HostDevice, HostPinned};
 use cairn_proto::{BlockHash, KeySpace};
 use std::sync::Arc;
@@ -118,9 +118,10 @@ impl Share {
 
     async fn run_load(&self, job: LoadJob) -> Loaded {
         let started = Instant::now();
-        let mut lookup = self.client.lookup(&self.space, &job.hashes).await;
+        let mut staging = self.staging(job.hashes.len().saturating_sub(job.first).min(job.room));
+        let mut read = self.read(&job, staging.as_mut()).await;
         let mut delegated = false;
-        let missing = job.hashes.len() - lookup.resident().max(job.first);
+        let missing = job.hashes.len() - read.0.resident().max(job.first);
         let missing_tokens = missing * self.space.layout().block_tokens();
         // Without the cache the other worker's result could not be loaded.
         if job.may_delegate
@@ -131,56 +132,74 @@ impl Share {
         {
             delegated = delegate.peer.prefill(&self.space, &job.tokens).await;
             if delegated {
-                lookup = self.client.lookup(&self.space, &job.hashes).await;
+                read = self.read(&job, staging.as_mut()).await;
             }
         }
+        let (lookup, fetched) = read;
         let resident = lookup.resident();
         let mut loaded = Loaded {
             id: job.id,
             resident: self.client.is_connected().then_some(resident),
             staging: None,
             blocks: 0,
-            wire: None,
+            wire: fetched.wire,
             delegated,
             elapsed: Duration::ZERO,
         };
-        let end = resident.min(job.first + job.room);
-        if let Some(run) = lookup.run.filter(|_| end > job.first) {
-            (loaded.staging, loaded.blocks, loaded.wire) = self.fetch(&run, job.first, end).await;
+        if let (Some(run), Some(mut staging)) = (&lookup.run, staging) {
+            let end = resident.min(job.first + job.room);
+            (loaded.blocks, loaded.wire) = self.fetch_rest(run, &job, end, fetched, &mut staging).await;
+            loaded.staging = Some(staging);
         }
         loaded.elapsed = started.elapsed();
         loaded
     }
 
-    /// Blocks `first..end` of the run, up to the first that did not arrive whole.
-    async fn fetch(
-        &self,
-        run: &cairn_client::Run,
-        first: usize,
-        end: usize,
-    ) -> (Option<HostPinned>, usize, Option<WireKind>) {
-        let block_bytes = self.space.block_bytes() as usize;
-        let mut staging = match HostDevice.allocate_pinned((end - first) * block_bytes) {
-            Ok(staging) => staging,
-            Err(error) => {
-                tracing::warn!(%error, "no memory to load cached blocks into");
-                return (None, 0, None);
-            }
-        };
-        let mut targets: Vec<&mut [u8]> = staging.as_mut().chunks_exact_mut(block_bytes).collect();
-        let (mut arrived, mut wire) = (0, None);
-        for (i, targets) in targets.chunks_mut(FETCH_BLOCKS).enumerate() {
-            let fetched = self.client.fetch(run, first + i * FETCH_BLOCKS, targets).await;
-            wire = fetched.wire;
-            let outcomes = fetched.outcomes;
-            let hits = outcomes.iter().take_while(|outcome| outcome.is_hit()).count();
-            arrived += hits;
-            if hits < outcomes.len() {
-                tracing::info!(outcome = %outcomes[hits], "a cached block did not arrive; the rest is computed");
-                break;
-            }
+    /// Room for so many blocks; none if there is none to be had.
+    fn staging(&self, blocks: usize) -> Option<HostPinned> {
+        let bytes = blocks * self.space.block_bytes() as usize;
+        if bytes == 0 {
+            return None;
         }
-        (Some(staging), arrived, wire)
+        let allocated = HostDevice.allocate_pinned(bytes);
+        allocated.inspect_err(|error| tracing::warn!(%error, "no memory to load cached blocks into")).ok()
+    }
+
+    /// What is resident, and its first blocks.
+    async fn read(&self, job: &LoadJob, staging: Option<&mut HostPinned>) -> (Lookup, Fetched) {
+        let block_bytes = self.space.block_bytes() as usize;
+        let memory = staging.map_or(Default::default(), AsMut::as_mut);
+        let mut targets: Vec<&mut [u8]> = memory.chunks_exact_mut(block_bytes).take(FETCH_BLOCKS).collect();
+        self.client.read(&self.space, &job.hashes, job.first, &mut targets).await
+    }
+
+    /// Blocks up to `end` of the run, or to the first that did not arrive whole: how many there are after those that were read with the
+    /// lookup, and how the last came.
+    async fn fetch_rest(
+        &self,
+        run: &Run,
+        job: &LoadJob,
+        end: usize,
+        mut fetched: Fetched,
+        staging: &mut HostPinned,
+    ) -> (usize, Option<WireKind>) {
+        let block_bytes = self.space.block_bytes() as usize;
+        let mut targets: Vec<&mut [u8]> =
+            staging.as_mut().chunks_exact_mut(block_bytes).take(end.saturating_sub(job.first)).collect();
+        let mut arrived = 0;
+        loop {
+            let hits = fetched.outcomes.iter().take_while(|outcome| outcome.is_hit()).count();
+            arrived += hits;
+            if let Some(outcome) = fetched.outcomes.get(hits) {
+                tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
+                return (arrived, fetched.wire);
+            }
+            let next = targets.len().min(arrived + FETCH_BLOCKS);
+            if arrived >= next {
+                return (arrived, fetched.wire);
+            }
+            fetched = self.client.fetch(run, job.first + arrived, &mut targets[arrived..next]).await;
+        }
     }
 }
 

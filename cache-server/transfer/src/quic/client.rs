@@ -6,7 +6,7 @@ use crate::frame::{Frame, Link, kind};
 use crate::handshake;
 use crate::store::SessionKey;
 use crate::stream::{self, lost, publish};
-use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
+use crate::wire::{FetchJob, Following, Found, PublishJob, Reader, Wire, WireKind};
 use bytes::{Buf, BufMut, BytesMut};
 use cairn_proto::{limits, pb};
 use futures::future::BoxFuture;
@@ -235,6 +235,29 @@ async fn receive_lane(
     }
 }
 
+/// Blocks that follow on a stream of their own.
+struct Coming(Link<Join<quinn::RecvStream, quinn::SendStream>>);
+
+impl Following for Coming {
+    fn receive<'a>(mut self: Box<Self>, arrivals: &'a mut Arrivals<'_>) -> BoxFuture<'a, Result<(), Status>>
+    where
+        Self: 'a,
+    {
+        async move { stream::receive(&mut self.0, arrivals).await }.boxed()
+    }
+}
+
+impl Reader for QuicWire {
+    fn read<'a>(&'a self, request: &'a pb::ReadRequest) -> BoxFuture<'a, Result<Found<'a>, Status>> {
+        let work = async move {
+            let mut link = self.request().await?;
+            let found = stream::find(&mut link, request).await??;
+            Ok((found, Box::new(Coming(link)) as Box<dyn Following + 'a>))
+        };
+        work.boxed()
+    }
+}
+
 impl Wire for QuicWire {
     fn kind(&self) -> WireKind {
         WireKind::Quic
@@ -258,6 +281,10 @@ impl Wire for QuicWire {
         request: &'a pb::LookupRequest,
     ) -> Option<BoxFuture<'a, Result<pb::LookupResponse, Status>>> {
         Some(self.ask(kind::LOOKUP, request, kind::FOUND).boxed())
+    }
+
+    fn reader(&self) -> Option<&dyn Reader> {
+        Some(self)
     }
 
     fn reserve<'a>(

@@ -177,6 +177,11 @@ impl QuicServer {
                 }
                 within(limits.fetch_timeout, self.send(link, connection, session, request)).await
             }
+            Frame::Message(kind::READ, body) => {
+                let who = (WireKind::Quic, session);
+                let work = stream::find_and_send(&self.store, link, who, decode(body)?);
+                within(limits.fetch_timeout, work).await
+            }
             Frame::Message(kind @ (kind::LOOKUP | kind::RESERVE), body) => {
                 stream::answer(&self.store, link, session, (kind, body), false).await
             }
