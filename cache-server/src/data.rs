@@ -6,7 +6,7 @@ use crate::serve::{Context, fetch, refused, unexpected};
 use cairn_core::{CommitOutcome, LeaseId, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
 use cairn_transfer::WireKind;
-use cairn_transfer::store::{ChunkMemory, Filling, Hold, Limits, Reading, SessionKey, Slot, Store};
+use cairn_transfer::store::{ChunkMemory, Filling, Hold, Limits, Owner, Reading, SessionKey, Slot, Store};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use std::os::fd::OwnedFd;
@@ -106,8 +106,11 @@ impl Store for Context {
         self.engine.arena().find(chunk).is_some()
     }
 
-    fn tenant(&self, session: u64) -> Result<Option<Arc<str>>, Status> {
-        Ok(self.sessions.find(session)?.identity.tenant())
+    fn owner(&self, session: u64) -> Result<Owner, Status> {
+        let found = self.sessions.find(session)?;
+        let may = |right| found.identity.require(right).is_ok();
+        let tenant = found.identity.tenant();
+        Ok(Owner { tenant, reads: may(Right::Read), publishes: may(Right::Publish) })
     }
 
     fn staging(&self, bytes: u64) -> Result<Hold, Status> {

@@ -200,7 +200,8 @@ impl Wires {
     /// Connects what is worth it, and again what broke, for ever.
     pub(crate) async fn maintain(&self, reach: Reach, options: ClientOptions) {
         loop {
-            for kind in [WireKind::Shm, WireKind::Rdma, WireKind::Tls, WireKind::Quic] {
+            // RDMA last: where its fabric swallows packets, nothing waits for it to find out.
+            for kind in [WireKind::Shm, WireKind::Tls, WireKind::Quic, WireKind::Rdma] {
                 if self.is_wanted(kind) && self.is_due(kind) {
                     self.connect(kind, &reach, &options).await;
                 }

@@ -96,11 +96,11 @@ pub trait Store: Send + Sync + 'static {
     /// Whether a chunk has this memory still.
     fn is_current(&self, chunk: u64) -> bool;
 
-    /// Whose session it is; `None` where nobody is asked.
+    /// Whose session it is.
     ///
     /// # Errors
     /// When it ended.
-    fn tenant(&self, session: u64) -> Result<Option<Arc<str>>, Status>;
+    fn owner(&self, session: u64) -> Result<Owner, Status>;
 
     /// Memory from which one client publishes, while the hold lives.
     ///
@@ -113,6 +113,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// Bytes came in that do not match their checksum.
     fn mismatch(&self, space: &SpaceId, hash: &BlockHash);
+}
+
+/// Who has a session, as far as memory goes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// `None` where nobody is asked.
+    pub tenant: Option<Arc<str>>,
+    /// May read blocks.
+    pub reads: bool,
+    /// May publish blocks.
+    pub publishes: bool,
 }
 
 /// A chunk of host memory.

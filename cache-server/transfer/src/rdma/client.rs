@@ -10,7 +10,7 @@ use crate::located::{self, Bring, MAX_CHUNKS, number, offset};
 use crate::map::{Map, memory};
 use crate::pool::Pool;
 use crate::store::{Location, SessionKey};
-use crate::stream;
+use crate::stream::{self, is_refusal};
 use crate::tls::{Dialer, TlsLink};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::pb;
@@ -23,7 +23,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::TcpStream;
-use tonic::Status;
+use tonic::{Code, Status};
 
 /// Registered memory of one connection.
 const BUFFER_BYTES: u64 = 16 << 20;
@@ -33,6 +33,9 @@ const SCRATCH_BYTES: u64 = 4096;
 
 /// Enough to be ordered after every write.
 const FLUSH_BYTES: u32 = 8;
+
+/// Less staging memory would cut blocks into a multitude of parts.
+const MIN_HALF_BYTES: u64 = 64 << 10;
 
 /// Batches on their way at a time: one is copied while the other comes.
 const HALVES: usize = 2;
@@ -74,7 +77,10 @@ impl RdmaWire {
         }
         let failed = |error| Status::unavailable(format!("no RDMA to {address}: {error}"));
         let queue = Queue::connect(address, &ticket).await.map_err(failed)?;
-        let buffer = Buffer::new(&queue).map_err(failed)?;
+        let buffer = Buffer::new(&queue).map_err(|error| {
+            let text = "cannot register memory for RDMA (is the limit of locked memory high enough?)";
+            Status::resource_exhausted(format!("{text}: {error}"))
+        })?;
         Ok(Connection { queue, buffer, chunks: HashMap::new(), staging: None, link })
     }
 
@@ -83,6 +89,18 @@ impl RdmaWire {
             Some(connection) => Ok(connection),
             None => self.open().await,
         }
+    }
+
+    async fn fetch_once(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
+        let mut taken = self.pool.take().await?;
+        let mut connection = self.connected(taken.connection()).await?;
+        let result = located::fetch(&mut connection, job, arrivals).await;
+        // What only the server can have said, in answer to one request, leaves the connection as it was.
+        let refused = |status: &Status| matches!(status.code(), Code::NotFound | Code::ResourceExhausted);
+        if connection.queue.is_idle() && result.as_ref().err().is_none_or(refused) {
+            self.pool.give_back(connection);
+        }
+        result
     }
 
     async fn ask<A: Message + Default>(
@@ -110,11 +128,14 @@ impl Wire for RdmaWire {
         arrivals: &'a mut Arrivals<'_>,
     ) -> BoxFuture<'a, Result<(), Status>> {
         let work = async move {
-            let mut taken = self.pool.take().await?;
-            let mut connection = self.connected(taken.connection()).await?;
-            located::fetch(&mut connection, job, arrivals).await?;
-            self.pool.give_back(connection);
-            Ok(())
+            match self.fetch_once(job, arrivals).await {
+                // A place that was told before its chunk changed hands: the server knows where the block is now, if anywhere.
+                Err(status) if status.code() == Code::Aborted => {
+                    tracing::debug!(error = status.message(), "a key is no longer good; the server is asked");
+                    self.fetch_once(&FetchJob { locations: Arc::from([]), ..job.clone() }, arrivals).await
+                }
+                result => result,
+            }
         };
         work.boxed()
     }
@@ -123,7 +144,14 @@ impl Wire for RdmaWire {
         let work = async move {
             let mut taken = self.pool.take().await?;
             let mut connection = self.connected(taken.connection()).await?;
-            let commits = connection.publish(job).await?;
+            let staging = match connection.staging().await {
+                Err(status) if is_refusal(&status) => {
+                    self.pool.give_back(connection);
+                    return Err(status);
+                }
+                staging => staging?,
+            };
+            let commits = connection.publish(job, staging).await?;
             self.pool.give_back(connection);
             Ok(commits)
         };
@@ -216,8 +244,13 @@ fn batches(blocks: impl Iterator<Item = (usize, u64)>, half_bytes: u64) -> Vec<V
     batches
 }
 
+/// A key that is no longer good has a code of its own.
 fn broken(error: io::Error) -> Status {
-    Status::unavailable(format!("RDMA: {error}"))
+    let code = match error.kind() {
+        io::ErrorKind::PermissionDenied => Code::Aborted,
+        _ => Code::Unavailable,
+    };
+    Status::new(code, format!("RDMA: {error}"))
 }
 
 impl Bring for Connection {
@@ -312,7 +345,7 @@ impl Connection {
     ) -> Result<(), Status> {
         let Some((tag, batch)) = coming.pop_front() else { return Ok(()) };
         if self.queue.done().await.map_err(broken)? != tag {
-            return Err(Status::internal("RDMA: completions out of order"));
+            return Err(nonsense("completions out of order"));
         }
         let block_bytes = arrivals.promise().block_bytes;
         for Part { block, offset, bytes, at } in batch {
@@ -342,10 +375,13 @@ impl Connection {
         Ok(staging)
     }
 
-    async fn publish(&mut self, job: &PublishJob) -> Result<Vec<pb::BlockCommit>, Status> {
-        let staging = self.staging().await?;
+    async fn publish(
+        &mut self,
+        job: &PublishJob,
+        staging: pb::StagedMemory,
+    ) -> Result<Vec<pb::BlockCommit>, Status> {
         let half = staging.bytes.min(BUFFER_BYTES) / HALVES as u64;
-        if half < u64::from(FLUSH_BYTES) {
+        if half < MIN_HALF_BYTES {
             return Err(nonsense("staging memory of no use"));
         }
         let header = pb::PublishHeader { session_id: job.session, reservation_id: job.reservation };
@@ -387,7 +423,7 @@ impl Connection {
         self.queue.post(&self.buffer.region, &pieces, tag).map_err(broken)?;
         match self.queue.done().await.map_err(broken)? {
             done if done == tag => Ok(()),
-            _ => Err(Status::internal("RDMA: completions out of order")),
+            _ => Err(nonsense("completions out of order")),
         }
     }
 

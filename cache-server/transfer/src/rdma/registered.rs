@@ -1,13 +1,17 @@
 //! Memory that devices reach: protection domains, and what is registered in them.
 
-use super::verbs::check_pointer;
+use super::verbs::{End, check_pointer};
 use crate::store::Hold;
 use rdma_sys::*;
 use std::io;
 use std::sync::Arc;
 
 /// A protection domain: keys to memory in it open nothing to queue pairs of another.
-pub(super) struct Domain(pub(super) *mut ibv_pd);
+pub(super) struct Domain {
+    pub(super) raw: *mut ibv_pd,
+    /// Keeps the device open.
+    _end: Arc<End>,
+}
 
 // SAFETY: libibverbs locks what threads share.
 unsafe impl Send for Domain {}
@@ -15,16 +19,17 @@ unsafe impl Send for Domain {}
 unsafe impl Sync for Domain {}
 
 impl Domain {
-    pub(super) fn new(device: *mut ibv_context) -> io::Result<Self> {
-        // SAFETY: the device is open: an id is bound to it. librdmacm never closes one while the process lives.
-        Ok(Self(check_pointer(unsafe { ibv_alloc_pd(device) })?))
+    pub(super) fn new(device: *mut ibv_context, end: Arc<End>) -> io::Result<Self> {
+        // SAFETY: the device is open: the end is bound to it.
+        let raw = check_pointer(unsafe { ibv_alloc_pd(device) })?;
+        Ok(Self { raw, _end: end })
     }
 }
 
 impl Drop for Domain {
     fn drop(&mut self) {
         // SAFETY: whatever is in it keeps it.
-        unsafe { ibv_dealloc_pd(self.0) };
+        unsafe { ibv_dealloc_pd(self.raw) };
     }
 }
 
@@ -73,7 +78,7 @@ impl Region {
         };
         let address = std::ptr::with_exposed_provenance_mut(address);
         // SAFETY: the domain lives, and the caller promises the memory.
-        let raw = unsafe { ibv_reg_mr_iova(domain.0, address, bytes as usize, 0, flags as i32) };
+        let raw = unsafe { ibv_reg_mr_iova(domain.raw, address, bytes as usize, 0, flags as i32) };
         Ok(Self { raw: check_pointer(raw)?, _domain: domain.clone(), _hold: hold })
     }
 

@@ -1,12 +1,12 @@
 //! The server's end of RDMA: lets queue pairs in by ticket, and registers for each tenant what its clients may reach.
 
 use super::registered::{Access, Domain, Region};
-use super::verbs::{Listener, Queue, Request};
+use super::verbs::{End, Listener, Queue, Request};
 use super::{TICKET_BYTES, Ticket};
 use crate::frame::{Frame, Link, decode, kind};
 use crate::located::{Io, MAX_CHUNKS, Serve, locate, requests, take_offers};
 use crate::map::{Map, memory};
-use crate::store::{Hold, Store};
+use crate::store::{Hold, Owner, Store};
 use crate::stream;
 use crate::wire::WireKind;
 use bytes::Bytes;
@@ -14,6 +14,7 @@ use cairn_proto::pb;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -29,8 +30,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often registrations of chunks that got other memory are given up, if nobody asks for more.
 const SWEEP_PERIOD: Duration = Duration::from_secs(1);
 
-/// Pause after the connection manager failed.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Pause between attempts to listen again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What fails then, and why most likely.
+const NO_MEMORY: &str =
+    "cannot register memory for RDMA (is the server's limit of locked memory high enough?)";
 
 const WIRE: WireKind = WireKind::Rdma;
 
@@ -46,22 +51,24 @@ pub struct RdmaError {
 
 /// Who waits for a queue pair.
 struct Waiting {
-    tenant: Option<Arc<str>>,
+    owner: Owner,
     give: oneshot::Sender<(Queue, Arc<Tenant>)>,
 }
 
-/// What the clients of one tenant may reach through one device. Ends with the last of them.
+/// What clients of one tenant with the same rights may reach through one device. Ends with the last of them.
 struct Tenant {
+    owner: Owner,
     domain: Arc<Domain>,
     /// Chunks by their numbers, for reading.
     chunks: Mutex<HashMap<u64, Region>>,
 }
 
-type Tenants = HashMap<(usize, Option<Arc<str>>), Weak<Tenant>>;
+type Tenants = HashMap<(usize, Owner), Weak<Tenant>>;
 
 /// Lets clients in.
 pub struct RdmaServer {
-    listener: Listener,
+    /// Until it is run.
+    listener: Mutex<Option<Listener>>,
     /// With the port that was taken.
     address: SocketAddr,
     waiting: Mutex<HashMap<Ticket, Waiting>>,
@@ -76,51 +83,71 @@ impl RdmaServer {
     pub fn bind(address: SocketAddr) -> Result<Self, RdmaError> {
         let listener = Listener::bind(address).map_err(|source| RdmaError { address, source })?;
         let address = SocketAddr::new(address.ip(), listener.port());
+        let listener = Mutex::new(Some(listener));
         Ok(Self { listener, address, waiting: Mutex::default(), tenants: Mutex::default() })
     }
 
     /// Lets queue pairs in until `stop`.
     pub async fn run(self: Arc<Self>, store: Arc<dyn Store>, stop: CancellationToken) {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner).take();
         let mut sweep = tokio::time::interval(SWEEP_PERIOD);
         loop {
+            let Some(current) = &listener else {
+                if stop.run_until_cancelled(tokio::time::sleep(PAUSE)).await.is_none() {
+                    return;
+                }
+                // A device that was reset comes back.
+                listener = Listener::bind(self.address).ok();
+                continue;
+            };
             tokio::select! {
                 () = stop.cancelled() => return,
-                _ = sweep.tick() => self.sweep(&*store),
-                request = self.listener.request() => match request {
+                _ = sweep.tick() => {
+                    // Pages are given back in the time that takes, which others need not wait for.
+                    let (server, store) = (self.clone(), store.clone());
+                    tokio::task::spawn_blocking(move || server.sweep(&*store));
+                }
+                request = current.request() => match request {
                     Ok(request) => self.admit(request),
                     Err(error) => {
-                        tracing::warn!(%error, "the RDMA connection manager");
-                        tokio::time::sleep(PAUSE).await;
+                        tracing::warn!(%error, "the RDMA connection manager; listening anew");
+                        listener = None;
                     }
                 }
             }
         }
     }
 
-    fn admit(&self, request: Request) {
+    fn admit(self: &Arc<Self>, request: Request) {
         let waiting = self.waiting().remove(&request.ticket);
-        let Some(Waiting { tenant, give }) = waiting else {
+        let Some(Waiting { owner, give }) = waiting else {
             tracing::debug!("an RDMA connection without a good ticket");
             return request.refuse();
         };
-        let accepted = self.tenant(&request, tenant).and_then(|tenant| {
-            let queue = request.accept(tenant.domain.clone())?;
-            Ok((queue, tenant))
+        let server = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let (device, mut found) = (request.device(), None);
+            let accepted = request.accept(|end| {
+                let tenant = server.tenant((device, owner), end)?;
+                found = Some(tenant.clone());
+                Ok(tenant.domain.clone())
+            });
+            match (accepted, found) {
+                // Whoever waited may be gone: then the queue pair goes with it.
+                (Ok(queue), Some(tenant)) => drop(give.send((queue, tenant))),
+                (Err(error), _) => tracing::warn!(%error, "an RDMA connection cannot be accepted"),
+                (Ok(_), None) => {}
+            }
         });
-        match accepted {
-            // Whoever waited may be gone: then the queue pair goes with it.
-            Ok(accepted) => drop(give.send(accepted)),
-            Err(error) => tracing::warn!(%error, "an RDMA connection cannot be accepted"),
-        }
     }
 
-    fn tenant(&self, request: &Request, name: Option<Arc<str>>) -> io::Result<Arc<Tenant>> {
+    fn tenant(&self, key: (usize, Owner), end: &Arc<End>) -> io::Result<Arc<Tenant>> {
         let mut tenants = self.tenants();
-        let key = (request.device(), name);
         if let Some(tenant) = tenants.get(&key).and_then(Weak::upgrade) {
             return Ok(tenant);
         }
-        let tenant = Arc::new(Tenant { domain: Arc::new(request.domain()?), chunks: Mutex::default() });
+        let (owner, domain) = (key.1.clone(), Arc::new(end.domain()?));
+        let tenant = Arc::new(Tenant { owner, domain, chunks: Mutex::default() });
         tenants.retain(|_, tenant| tenant.strong_count() > 0);
         tenants.insert(key, Arc::downgrade(&tenant));
         Ok(tenant)
@@ -140,15 +167,15 @@ impl RdmaServer {
     ) -> Result<(), Status> {
         let ticket = ticket()?;
         let (give, given) = oneshot::channel();
-        self.waiting().insert(ticket, Waiting { tenant: store.tenant(session)?, give });
+        self.waiting().insert(ticket, Waiting { owner: store.owner(session)?, give });
         let _withdraw = Withdraw { server: self, ticket };
         let offer = pb::QueuePairOffer { address: self.address.to_string(), ticket: ticket.to_vec().into() };
         link.send(kind::QUEUE_PAIR_AT, &offer).await?;
         let given = tokio::time::timeout(CONNECT_TIMEOUT, given).await;
         let late = || Status::unavailable("no queue pair came");
         let (queue, tenant) = given.map_err(|_| late())?.map_err(|_| late())?;
-        let (store, staging) = (store.clone(), None);
-        let mut connection = Connection { _queue: queue, tenant, staging, store, link, session };
+        let reach = Some(Reach { _queue: queue, staging: None, tenant });
+        let mut connection = Connection { reach, store: store.clone(), link, session };
         requests(&mut connection).await
     }
 
@@ -208,14 +235,18 @@ impl Tenant {
         // borrowed for writing while a lease keeps a block in them.
         let region = unsafe { Region::new(&self.domain, place, Access::RemoteRead, memory.hold) };
         let region = region.map_err(|error| {
-            let text = "cannot register host memory for RDMA (is the limit of locked memory high enough?)";
-            Status::unavailable(format!("{text}: {error}"))
+            tracing::warn!(%error, "{NO_MEMORY}");
+            Status::resource_exhausted(format!("{NO_MEMORY}: {error}"))
         })?;
         // The lease was held before and is held now, so the pages that were registered are this chunk's, not those of what came
         // after it.
         store.chunk(session, lease, chunk)?;
-        // Another connection may have been faster; its key stays good.
-        Ok((self.chunks().entry(chunk).or_insert(region).rkey(), memory.bytes))
+        // Another connection may have been faster; its key stays good, and this one's pages are given back without the lock.
+        let (rkey, _late) = match self.chunks().entry(chunk) {
+            Entry::Occupied(entry) => (entry.get().rkey(), Some(region)),
+            Entry::Vacant(entry) => (entry.insert(region).rkey(), None),
+        };
+        Ok((rkey, memory.bytes))
     }
 
     fn chunks(&self) -> MutexGuard<'_, HashMap<u64, Region>> {
@@ -225,19 +256,41 @@ impl Tenant {
 
 /// What one client publishes from.
 struct Staging {
-    _region: Region,
+    region: Region,
     map: Arc<Map>,
     _room: Hold,
 }
 
-struct Connection<'a, S> {
-    /// First, so that the client reaches nothing any more when the rest goes.
+impl Staging {
+    fn new(domain: &Arc<Domain>, bytes: u64, room: Hold) -> io::Result<Self> {
+        let map = Arc::new(Map::writable(memory(c"cairn-staging", bytes)?, bytes)?);
+        // SAFETY: the hold is the mapping, which is for writing, and its bytes are reached by pointer only.
+        let region = unsafe { Region::new(domain, (map.address(), bytes), Access::RemoteWrite, map.clone()) };
+        Ok(Self { region: region?, map, _room: room })
+    }
+}
+
+/// What a client reaches, in the order in which it must go: the queue pair first.
+struct Reach {
     _queue: Queue,
     staging: Option<Staging>,
     tenant: Arc<Tenant>,
+}
+
+struct Connection<'a, S> {
+    /// There until the end.
+    reach: Option<Reach>,
     store: Arc<dyn Store>,
     link: &'a mut Link<S>,
     session: u64,
+}
+
+impl<S> Drop for Connection<'_, S> {
+    fn drop(&mut self) {
+        // The last connection of a tenant gives back all its pages: seconds, where there are many.
+        let reach = self.reach.take();
+        tokio::task::spawn_blocking(move || drop(reach));
+    }
 }
 
 impl<S: Io> Serve for Connection<'_, S> {
@@ -256,12 +309,17 @@ impl<S: Io> Serve for Connection<'_, S> {
     }
 
     fn publish(&mut self, reservation: u64) -> BoxFuture<'_, Result<pb::PublishResponse, Status>> {
-        let staging = self.staging.as_ref().map(|staging| &*staging.map);
+        let staging = self.reach.as_ref().and_then(|reach| reach.staging.as_ref());
+        let staging = staging.map(|staging| &*staging.map);
         take_offers(&self.store, self.link, (WIRE, self.session), reservation, staging).boxed()
     }
 }
 
 impl<S: Io> Connection<'_, S> {
+    fn reach(&mut self) -> Result<&mut Reach, Status> {
+        self.reach.as_mut().ok_or_else(|| Status::unavailable("the connection ended"))
+    }
+
     async fn request(&mut self, kind: u8, body: Bytes) -> Result<(), Status> {
         match kind {
             kind::LOOKUP | kind::RESERVE => {
@@ -283,11 +341,10 @@ impl<S: Io> Connection<'_, S> {
         if request.chunks.len() > MAX_CHUNKS {
             return Err(Status::invalid_argument(format!("at most {MAX_CHUNKS} chunks in one request")));
         }
-        self.tenant.sweep(&*self.store);
         let leased = (self.session, request.lease_id);
         for chunk in request.chunks {
             // Takes the pages of the whole chunk: milliseconds, once.
-            let (tenant, store) = (self.tenant.clone(), self.store.clone());
+            let (tenant, store) = (self.reach()?.tenant.clone(), self.store.clone());
             let work = tokio::task::spawn_blocking(move || tenant.register(&*store, leased, chunk));
             let registered = work.await.map_err(|error| Status::internal(error.to_string()))?;
             let (rkey, bytes) = registered?;
@@ -297,17 +354,20 @@ impl<S: Io> Connection<'_, S> {
     }
 
     async fn give_staging(&mut self) -> Result<(), Status> {
+        let tenant = self.reach()?.tenant.clone();
+        if !tenant.owner.publishes {
+            return Err(Status::permission_denied("the token has no right to publish"));
+        }
         let bytes = self.store.limits().staging_bytes;
-        let failed = |error: io::Error| Status::resource_exhausted(format!("no staging memory: {error}"));
         let room = self.store.staging(bytes)?;
-        let fd = memory(c"cairn-staging", bytes).map_err(failed)?;
-        let map = Arc::new(Map::writable(fd, bytes).map_err(failed)?);
-        let place = (map.address(), bytes);
-        // SAFETY: the hold is the mapping, which is for writing, and its bytes are reached by pointer only.
-        let region = unsafe { Region::new(&self.tenant.domain, place, Access::RemoteWrite, map.clone()) };
-        let region = region.map_err(failed)?;
-        let rkey = region.rkey();
-        self.staging = Some(Staging { _region: region, map, _room: room });
+        let staging = tokio::task::spawn_blocking(move || Staging::new(&tenant.domain, bytes, room)).await;
+        let staging = staging.map_err(|error| Status::internal(error.to_string()))?;
+        let staging = staging.map_err(|error| {
+            tracing::warn!(%error, "{NO_MEMORY}");
+            Status::resource_exhausted(format!("{NO_MEMORY}: {error}"))
+        })?;
+        let rkey = staging.region.rkey();
+        self.reach()?.staging = Some(staging);
         self.link.send(kind::STAGED, &pb::StagedMemory { bytes, rkey }).await
     }
 }

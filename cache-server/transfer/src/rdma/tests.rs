@@ -38,15 +38,14 @@ fn byte(memory: &Memory, at: u64) -> u8 {
     unsafe { memory.map.at(at, 1).unwrap().read_volatile() }
 }
 
-/// Both ends of a connection; the passive one is in the domain that `domain` makes or gives.
-async fn pair(listener: &Listener, domain: impl FnOnce(&Request) -> Arc<Domain>) -> (Queue, Queue) {
+/// Both ends of a connection, each in a domain of its own.
+async fn pair(listener: &Listener) -> (Queue, Queue) {
     let address = address().unwrap();
     let ticket = [7; TICKET_BYTES];
     let passive = async {
         let request = listener.request().await.unwrap();
         assert_eq!(request.ticket, ticket);
-        let domain = domain(&request);
-        request.accept(domain).unwrap()
+        request.accept(|end| end.domain().map(Arc::new)).unwrap()
     };
     let active = Queue::connect((address, listener.port()).into(), &ticket);
     let (active, passive) = tokio::join!(active, passive);
@@ -72,16 +71,15 @@ async fn keys_open_no_more_than_they_should() {
         return;
     };
     let listener = Listener::bind((address, 0).into()).unwrap();
-    let own = |request: &Request| Arc::new(request.domain().unwrap());
     let mut works = Vec::new();
     for case in
         ["read", "write", "read of writable", "write to readable", "outside", "another domain", "gone"]
     {
-        let (mut client, server) = pair(&listener, own).await;
+        let (mut client, server) = pair(&listener).await;
         let buffer = registered(client.domain(), Access::Local, 1);
         let readable = registered(server.domain(), Access::RemoteRead, 2);
         let writable = registered(server.domain(), Access::RemoteWrite, 3);
-        let (stranger, elsewhere) = pair(&listener, own).await;
+        let (stranger, elsewhere) = pair(&listener).await;
         let foreign = registered(elsewhere.domain(), Access::RemoteRead, 4);
         let request = match case {
             "read" => piece(Way::Read, &readable, 8192),
@@ -134,7 +132,7 @@ async fn a_refusal_is_an_error() {
     assert!(error.contains("REJECTED"), "{error}");
     let nobody = Queue::connect((address, 1).into(), &ticket).await.err().unwrap();
     println!("nobody listens: {nobody}");
-    let (client, server) = pair(&listener, |request| Arc::new(request.domain().unwrap())).await;
+    let (client, server) = pair(&listener).await;
     drop(server);
     drop(client);
 }
@@ -146,7 +144,7 @@ async fn batches_that_do_not_fit_are_refused_here() {
         return;
     };
     let listener = Listener::bind((address, 0).into()).unwrap();
-    let (mut client, _server) = pair(&listener, |request| Arc::new(request.domain().unwrap())).await;
+    let (mut client, _server) = pair(&listener).await;
     let buffer = registered(client.domain(), Access::Local, 1);
     let long = Piece { local: BYTES - 1, ..piece(Way::Read, &buffer, 0) };
     assert!(client.post(&buffer.region, &[long], 1).is_err());

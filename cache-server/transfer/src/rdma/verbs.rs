@@ -11,7 +11,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::ptr::{null, null_mut};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use tokio::io::unix::AsyncFd;
 
 /// Pieces of one doorbell.
@@ -62,7 +62,8 @@ fn watch(fd: RawFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Where the connection manager tells what happens.
 struct Channel {
-    watched: AsyncFd<OwnedFd>,
+    /// Absent where nobody listens.
+    watched: Option<AsyncFd<OwnedFd>>,
     raw: RawChannel,
 }
 
@@ -88,17 +89,30 @@ enum Happening {
 }
 
 impl Channel {
-    fn new() -> io::Result<Self> {
+    /// One that nobody listens to: for an end that only has to be there.
+    fn unread() -> io::Result<Self> {
+        static SAFE_TO_FORK: Once = Once::new();
+        SAFE_TO_FORK.call_once(|| {
+            // SAFETY: no preconditions. On kernels before 5.12 a process that forks would else lose what devices write to it; where
+            // it is refused it is not needed, or the device cannot be used anyway.
+            unsafe { ibv_fork_init() };
+        });
         // SAFETY: no preconditions.
         let raw = RawChannel(check_pointer(unsafe { rdma_create_event_channel() })?);
-        // SAFETY: the channel was just made.
-        let watched = watch(unsafe { (*raw.0).fd })?;
-        Ok(Self { watched, raw })
+        Ok(Self { watched: None, raw })
+    }
+
+    fn new() -> io::Result<Self> {
+        let mut channel = Self::unread()?;
+        // SAFETY: the channel lives.
+        channel.watched = Some(watch(unsafe { (*channel.raw.0).fd })?);
+        Ok(channel)
     }
 
     async fn next(&self) -> io::Result<Happening> {
+        let Some(watched) = &self.watched else { return Err(io::Error::other("nobody listens here")) };
         loop {
-            let mut ready = self.watched.readable().await?;
+            let mut ready = watched.readable().await?;
             match self.take() {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
                 result => return result,
@@ -124,10 +138,15 @@ impl Channel {
                     let data = conn.private_data.cast::<u8>();
                     std::ptr::copy_nonoverlapping(data, ticket.as_mut_ptr(), TICKET_BYTES);
                 }
-                request = Some(Request { id: Id(id), ticket, reads: conn.responder_resources });
+                request = Some((Id(id), ticket, conn.responder_resources));
             }
             rdma_ack_cm_event(event);
-            Ok(request.map_or(Happening::Other(kind, status), Happening::Request))
+            let Some((id, ticket, reads)) = request else { return Ok(Happening::Other(kind, status)) };
+            // Its later events are nobody's concern. Read here, by a thread that does not own the id, they would make the library change a
+            // queue pair that its owner may be destroying.
+            let end = End { id, channel: Self::unread()? };
+            check(rdma_migrate_id(end.id.0, end.channel.raw.0))?;
+            Ok(Happening::Request(Request { end, ticket, reads }))
         }
     }
 
@@ -148,7 +167,7 @@ impl Channel {
 /// An end of a connection, or what listens for some.
 struct Id(*mut rdma_cm_id);
 
-// SAFETY: librdmacm locks what threads share.
+// SAFETY: an id has one owner, who alone reads its channel and changes its queue pair; the rest librdmacm locks.
 unsafe impl Send for Id {}
 // SAFETY: as above.
 unsafe impl Sync for Id {}
@@ -176,10 +195,17 @@ impl Drop for Id {
     }
 }
 
-/// An end, and the channel that is its own: one that called has one.
-struct End {
+/// An end, and the channel that is its own. As long as one end on a device is there, the library keeps the device open.
+pub(super) struct End {
     id: Id,
-    channel: Option<Channel>,
+    channel: Channel,
+}
+
+impl End {
+    /// A domain on its device.
+    pub(super) fn domain(self: &Arc<Self>) -> io::Result<Domain> {
+        Domain::new(self.id.device()?, self.clone())
+    }
 }
 
 /// Listens for clients on one address.
@@ -206,10 +232,17 @@ impl Listener {
     }
 
     /// The next request for a queue pair.
+    ///
+    /// # Errors
+    /// When the device went away, among others: then this listener hears nothing any more.
     pub(super) async fn request(&self) -> io::Result<Request> {
         loop {
-            if let Happening::Request(request) = self.channel.next().await? {
-                return Ok(request);
+            match self.channel.next().await? {
+                Happening::Request(request) => return Ok(request),
+                Happening::Other(rdma_cm_event_type::RDMA_CM_EVENT_DEVICE_REMOVAL, _) => {
+                    return Err(io::Error::other("the device was removed"));
+                }
+                Happening::Other(..) => {}
             }
         }
     }
@@ -217,7 +250,7 @@ impl Listener {
 
 /// A client that wants a queue pair. Dropping it refuses.
 pub(super) struct Request {
-    id: Id,
+    end: End,
     pub(super) ticket: Ticket,
     /// Reads that it wants to have in progress.
     reads: u8,
@@ -226,20 +259,18 @@ pub(super) struct Request {
 impl Request {
     /// Tells devices apart.
     pub(super) fn device(&self) -> usize {
-        self.id.device().map_or(0, |device| device.addr())
+        self.end.id.device().map_or(0, |device| device.addr())
     }
 
-    /// A domain on the device that the request came to.
-    pub(super) fn domain(&self) -> io::Result<Domain> {
-        Domain::new(self.id.device()?)
-    }
-
-    /// Lets it in. This end posts nothing: its completion queue stays empty.
-    pub(super) fn accept(self, domain: Arc<Domain>) -> io::Result<Queue> {
-        let reads = self.reads;
-        let device = self.id.device()?;
+    /// Lets it in, into the domain that is found for its end. This end posts nothing: its completion queue stays empty.
+    pub(super) fn accept(
+        self,
+        domain: impl FnOnce(&Arc<End>) -> io::Result<Arc<Domain>>,
+    ) -> io::Result<Queue> {
+        let (reads, end) = (self.reads, Arc::new(self.end));
+        let domain = domain(&end)?;
+        let device = end.id.device()?;
         let completions = Completions { watched: None, raw: RawCompletions::new(device, 1, null_mut())? };
-        let end = End { id: self.id, channel: None };
         let queue = Queue::new(end, completions, domain, 1)?;
         let limits = attributes(device)?;
         let mut parameters = parameters(&[], limits.max_qp_rd_atom.min(i32::from(reads)), 0);
@@ -250,7 +281,7 @@ impl Request {
 
     pub(super) fn refuse(self) {
         // SAFETY: the id is a request that nobody answered. If the refusal cannot be sent, the client waits in vain.
-        unsafe { rdma_reject(self.id.0, null(), 0) };
+        unsafe { rdma_reject(self.end.id.0, null(), 0) };
     }
 }
 
@@ -341,7 +372,13 @@ impl Completions {
             1 => {
                 // SAFETY: the library answers with a constant for any status.
                 let text = unsafe { CStr::from_ptr(ibv_wc_status_str(done.status)) };
-                Err(io::Error::other(format!("the transfer failed: {}", text.to_string_lossy())))
+                let text = format!("the transfer failed: {}", text.to_string_lossy());
+                let kind = match done.status {
+                    // A key that is no longer good.
+                    ibv_wc_status::IBV_WC_REM_ACCESS_ERR => io::ErrorKind::PermissionDenied,
+                    _ => io::ErrorKind::Other,
+                };
+                Err(io::Error::new(kind, text))
             }
             error => Err(io::Error::from_raw_os_error(error.abs())),
         }
@@ -398,14 +435,16 @@ pub(super) struct Piece {
 /// A queue pair that is connected.
 pub(super) struct Queue {
     completions: Completions,
-    end: End,
+    end: Arc<End>,
     domain: Arc<Domain>,
+    /// Batches that were posted and not yet told done.
+    posted: u32,
     /// Where the device puts what is read; kept longer than the queue pair.
     buffers: Vec<Arc<Region>>,
 }
 
 impl Queue {
-    fn new(end: End, completions: Completions, domain: Arc<Domain>, depth: u32) -> io::Result<Self> {
+    fn new(end: Arc<End>, completions: Completions, domain: Arc<Domain>, depth: u32) -> io::Result<Self> {
         // SAFETY: plain numbers and pointers, for which zero is a value.
         let mut wanted: ibv_qp_init_attr = unsafe { std::mem::zeroed() };
         wanted.send_cq = completions.raw.queue;
@@ -419,8 +458,8 @@ impl Queue {
             max_inline_data: 0,
         };
         // SAFETY: id, domain and completion queue live, on one device.
-        check(unsafe { rdma_create_qp(end.id.0, domain.0, &mut wanted) })?;
-        Ok(Self { completions, end, domain, buffers: Vec::new() })
+        check(unsafe { rdma_create_qp(end.id.0, domain.raw, &mut wanted) })?;
+        Ok(Self { completions, end, domain, posted: 0, buffers: Vec::new() })
     }
 
     /// Connects to a server that knows the ticket.
@@ -442,18 +481,17 @@ impl Queue {
         // SAFETY: the id lives and has an address.
         check(unsafe { rdma_resolve_route(id.0, RESOLVE_MS) })?;
         channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED).await?;
-        let queue = Self::call(End { id, channel: Some(channel) }, ticket)?;
-        if let Some(channel) = &queue.end.channel {
-            channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED).await?;
-        }
+        let queue = Self::call(End { id, channel }, ticket)?;
+        queue.end.channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED).await?;
         Ok(queue)
     }
 
     /// Asks the other side to let this end in.
     fn call(end: End, ticket: &Ticket) -> io::Result<Self> {
+        let end = Arc::new(end);
         let device = end.id.device()?;
         let limits = attributes(device)?;
-        let domain = Arc::new(Domain::new(device)?);
+        let domain = Arc::new(end.domain()?);
         let queue = Self::new(end, Completions::watched(device)?, domain, QUEUE_DEPTH)?;
         let mut parameters = parameters(ticket, 1, limits.max_qp_init_rd_atom);
         // SAFETY: the id lives, has a route and a queue pair; the library copies the ticket.
@@ -505,12 +543,21 @@ impl Queue {
         let mut refused = null_mut();
         // SAFETY: the queue pair lives, and the list until the call ends. What the device writes to is kept by `self.buffers` until
         // after the queue pair is destroyed, and lies inside.
-        check_verbs(unsafe { ibv_post_send((*self.end.id.0).qp, first, &mut refused) })
+        check_verbs(unsafe { ibv_post_send((*self.end.id.0).qp, first, &mut refused) })?;
+        self.posted += 1;
+        Ok(())
     }
 
     /// The tag of the next batch that is done.
     pub(super) async fn done(&mut self) -> io::Result<u64> {
-        self.completions.next().await
+        let tag = self.completions.next().await?;
+        self.posted -= 1;
+        Ok(tag)
+    }
+
+    /// Whether nothing is on its way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.posted == 0
     }
 }
 
