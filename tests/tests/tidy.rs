@@ -18,6 +18,7 @@ const LEVELS: [(&str, u32); 11] = [
     ("cairn-kernels", 0),
     ("cairn-core", 1),
     ("cairn-gpu", 1),
+    ("cairn-harness", 2),
     ("cairn-transfer", 2),
     ("cairn-server", 3),
     ("cairn-client", 3),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod certs;
 mod completions;
 mod connect;
@@ -47,6 +48,9 @@ enum Command {
     /// Look after directories of the NVMe tier.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Measure what a cache would do.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Make a development authority and certificates for TLS.
     Certs(certs::CertsArguments),
     /// Make a bearer token.
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Explain(options) => inspect::explain(options),
         Command::Stats(options) => inspect::stats(options),
         Command::Disk(command) => disk::run(command),
+        Command::Bench(command) => bench::run(command),
         Command::Certs(arguments) => certs::certs(arguments),
         Command::Token(arguments) => certs::token(arguments),
         Command::Completions(options) => {
