@@ -2,7 +2,7 @@
 
 use crate::client::CacheClient;
 use crate::connection::Connection;
-use crate::fetch::{Fetched, bring, outcomes, promise, whole};
+use crate::fetch::{Fetched, bring, outcomes, patience, promise, whole};
 use crate::lookup::Lookup;
 use cairn_proto::{BlockHash, KeySpace, MissReason, limits, pb};
 use cairn_transfer::{Arrivals, Reader, WireKind};
@@ -79,7 +79,8 @@ impl CacheClient {
                 return Some((Lookup::missed(hashes.len(), missed), Fetched::missed(0, missed)));
             }
         };
-        let Some(run) = lookup.run.as_ref().filter(|run| run.len() > first) else {
+        let run = lookup.run.as_ref().filter(|run| run.len() > first);
+        let Some((run, following)) = run.zip(following) else {
             return Some((lookup, Fetched::missed(0, MissReason::NeverStored)));
         };
         let count = targets.len().min(run.len() - first);
@@ -88,7 +89,9 @@ impl CacheClient {
         assert!(right, "a target must have the size of a block");
         let mut arrivals = Arrivals::new(promise(run), first, targets);
         let deadline = self.fetch_deadline();
-        let come = connection.wires.ask(wire, following.receive(&mut arrivals), deadline).await;
+        // A wire that is the only one may take all the time.
+        let until = patience(deadline, connection.wires.order().len() == 1);
+        let come = connection.wires.ask_until(wire, following.receive(&mut arrivals), until).await;
         let bytes = whole(&arrivals) * space.block_bytes();
         connection.wires.came(wire, bytes);
         if matches!(come, Ok(Some(()))) && arrivals.undecided().is_none() {

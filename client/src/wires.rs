@@ -165,7 +165,17 @@ impl Wires {
         answer: impl Future<Output = Result<T, Status>>,
         deadline: Instant,
     ) -> Result<Option<T>, Status> {
-        let answer = tokio::time::timeout_at(patience(deadline, false), answer).await;
+        self.ask_until(kind, answer, patience(deadline, false)).await
+    }
+
+    /// As [`Self::ask`], until this very moment.
+    pub(crate) async fn ask_until<T>(
+        &self,
+        kind: WireKind,
+        answer: impl Future<Output = Result<T, Status>>,
+        until: Instant,
+    ) -> Result<Option<T>, Status> {
+        let answer = tokio::time::timeout_at(until, answer).await;
         match answer.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer in time"))) {
             Ok(answer) => Ok(Some(answer)),
             Err(status) if fault(&status) == Fault::Wire => {

@@ -113,6 +113,14 @@ async fn a_read_takes_one_round_trip() {
     devices::publish_after(&client, &space, None, &chain).await;
     connected(&client, WireKind::Tls).await;
     let mut memory = targets(&space, 20);
+    // What finds nothing, or only what is skipped, costs a round trip, too, and no new connection.
+    for (chain, first) in [(hashes(&space, 9, 5), 0), (chain.clone(), 20)] {
+        for _ in 0..2 {
+            let before = count.load(Ordering::Relaxed);
+            client.read(&space, &chain, first, &mut memory).await;
+            assert_eq!(count.load(Ordering::Relaxed) - before, 1, "a read of nothing");
+        }
+    }
     let before = count.load(Ordering::Relaxed);
     let (lookup, fetched) = client.read(&space, &chain, 0, &mut memory).await;
     assert!(fetched.len() == 20 && fetched.iter().all(|outcome| outcome.is_hit()));

@@ -81,7 +81,7 @@ fn check(name: &str) {
         let shares =
             [share(hits.hit_blocks, hits.blocks), share(hits.hit_tokens, hits.tokens), hits.request_mean];
         let same = rates.iter().zip(shares).all(|(printed, share)| is_printed(*printed, share));
-        if hits.hit_tokens != *hit_tokens || found.inserted != *inserted || !same {
+        if hits.hit_tokens != *hit_tokens || found.inserted != Some(*inserted) || !same {
             wrong.push(format!("{policy} at {capacity}: {found:?}, not {hit_tokens} {inserted} {rates:?}"));
         }
     }
@@ -202,7 +202,7 @@ fn two_tiers() {
         let capacity = Capacity::Blocks(second as u64);
         plan.below = Some(Below { kind: row.kind, capacity, admit: row.admit });
         let outcome = hit_rate::run(&trace, &plan, &AtomicBool::new(false), || ()).unwrap();
-        let (hits, below) = (outcome.rows[0].hits, outcome.rows[0].below.unwrap());
+        let (hits, below) = (outcome.rows[0].hits, outcome.rows[0].below.clone().unwrap());
         let token_hit = hits.hit_tokens as f64 / hits.tokens as f64;
         if !is_printed(row.token_hit, token_hit) || (below.reads, below.writes) != (row.reads, row.writes) {
             wrong.push(format!(

@@ -26,21 +26,26 @@ pub fn compare(before: &Report, after: &Report) -> (Vec<Change>, usize) {
     let rows = |report: &Report| -> Vec<Row> {
         report.outcomes.iter().flat_map(|outcome| outcome.rows.clone()).collect()
     };
-    let (old, new) = (rows(before), rows(after));
+    let (old, mut new) = (rows(before), rows(after));
     let same = |a: &Row, b: &Row| {
-        let below = |row: &Row| row.below.map(|below| below.capacity_blocks);
+        let below = |row: &Row| {
+            row.below.as_ref().map(|below| (below.kind.clone(), below.admit, below.capacity_blocks))
+        };
         (&a.trace, &a.policy, a.capacity_blocks, below(a), a.hits.tokens)
             == (&b.trace, &b.policy, b.capacity_blocks, below(b), b.hits.tokens)
     };
     let rate = |row: &Row| share(row.hits.hit_tokens, row.hits.tokens);
-    let changes: Vec<Change> = old
-        .iter()
-        .filter_map(|row| {
-            let other = new.iter().find(|other| same(row, other))?;
-            let what = format!("{} {} {}", row.trace, row.policy, row.capacity_blocks);
-            Some(Change { what, before: rate(row), after: rate(other) })
-        })
-        .collect();
-    let alone = old.len() + new.len() - 2 * changes.len();
+    let (mut changes, mut alone) = (Vec::new(), 0);
+    for row in &old {
+        // Each is compared once, even if a report has it twice.
+        let Some(at) = new.iter().position(|other| same(row, other)) else {
+            alone += 1;
+            continue;
+        };
+        let other = new.swap_remove(at);
+        let what = format!("{} {} {}", row.trace, row.policy, row.capacity_blocks);
+        changes.push(Change { what, before: rate(row), after: rate(&other) });
+    }
+    alone += new.len();
     (changes, alone)
 }

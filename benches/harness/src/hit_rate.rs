@@ -158,8 +158,12 @@ pub struct Hits {
 }
 
 /// What a second tier did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BelowRow {
+    /// What it does with what the first has.
+    pub kind: String,
+    /// Blocks are written from this use on.
+    pub admit: u32,
     /// Its size in blocks.
     pub capacity_blocks: u64,
     /// Tokens that it brought.
@@ -187,11 +191,12 @@ pub struct Row {
     pub capacity_share: f64,
     /// In both tiers together.
     pub hits: Hits,
-    /// Blocks that came in.
-    pub inserted: u64,
-    /// Blocks that had to leave.
-    pub evicted: u64,
-    /// Hit tokens as a share of the optimum's at this size, if that was replayed.
+    /// Blocks that came in; not counted in two tiers.
+    pub inserted: Option<u64>,
+    /// Blocks that had to leave; not counted in two tiers, nor for the optimum.
+    pub evicted: Option<u64>,
+    /// Hit tokens as a share of the optimum's at this size, if that was replayed. The optimum is of block hits over the whole trace: with a
+    /// warm-up, or where last blocks are partial, a policy can come out above it.
     pub share_of_optimum: Option<f64>,
     /// The same of a cache without bounds.
     pub share_of_ceiling: f64,
@@ -291,28 +296,33 @@ pub fn ceiling(trace: &Trace, warm_up: f64) -> Hits {
     count(trace, warm_up, &AtomicBool::new(false), hits).unwrap_or_default()
 }
 
-fn second(trace: &Trace, plan: &Plan, tiers: &TwoTiers, [first, both]: [Hits; 2], capacity: u64) -> BelowRow {
-    let hit_tokens = both.hit_tokens - first.hit_tokens;
-    let written_tokens = (tiers.writes * trace.block_tokens) as f64;
-    let days = trace.duration_ms() as f64 / DAY_MS;
-    let bytes_a_day =
-        plan.token_bytes.filter(|_| days > 0.0).map(|bytes| written_tokens * bytes as f64 / days);
-    let life_days = bytes_a_day.filter(|bytes| *bytes > 0.0).zip(plan.endurance_bytes);
-    BelowRow {
-        capacity_blocks: capacity,
-        hit_tokens,
-        reads: tiers.reads,
-        writes: tiers.writes,
-        written_per_hit: (hit_tokens > 0).then(|| written_tokens / hit_tokens as f64),
-        life_days: life_days.map(|(bytes, endurance)| endurance / bytes),
-    }
-}
-
 struct Replayed {
     hits: Hits,
-    inserted: u64,
-    evicted: u64,
+    inserted: Option<u64>,
+    evicted: Option<u64>,
     below: Option<BelowRow>,
+}
+
+/// Two counters as they were when counting began.
+#[derive(Default)]
+struct Since {
+    warm: usize,
+    number: usize,
+    start: [u64; 2],
+}
+
+impl Since {
+    /// A request begins, with the counters like this.
+    fn request(&mut self, now: [u64; 2]) {
+        if self.number == self.warm {
+            self.start = now;
+        }
+        self.number += 1;
+    }
+
+    fn counted(&self, now: [u64; 2]) -> [u64; 2] {
+        [now[0] - self.start[0], now[1] - self.start[1]]
+    }
 }
 
 fn replay(
@@ -322,37 +332,72 @@ fn replay(
     (contender, capacity): (Contender, u64),
     stop: &AtomicBool,
 ) -> Option<Replayed> {
+    let mut since = Since { warm: warm(trace, plan.warm_up), ..Since::default() };
     let Contender::Policy(kind) = contender else {
         let mut replay = optimum?.replay(capacity as usize);
-        let hits = count(trace, plan.warm_up, stop, |chain| replay.request(chain))?;
-        return Some(Replayed { hits, inserted: replay.inserted, evicted: 0, below: None });
-    };
-    let Some(below) = plan.below else {
-        let mut cache = Replay::new(kind, capacity as usize);
-        let (mut left, mut evicted) = (Vec::new(), 0);
         let hits = count(trace, plan.warm_up, stop, |chain| {
-            left.clear();
-            let hits = cache.request(chain, &mut left);
-            evicted += left.len() as u64;
-            hits
+            since.request([replay.inserted, 0]);
+            replay.request(chain)
         })?;
-        return Some(Replayed { hits, inserted: evicted + cache.len() as u64, evicted, below: None });
+        let [inserted, _] = since.counted([replay.inserted, 0]);
+        return Some(Replayed { hits, inserted: Some(inserted), evicted: None, below: None });
     };
+    if let Some(below) = plan.below {
+        return replay_tiers(trace, plan, below, (kind, capacity), stop);
+    }
+    let mut cache = Replay::new(kind, capacity as usize);
+    let (mut left, mut evicted) = (Vec::new(), 0);
+    let hits = count(trace, plan.warm_up, stop, |chain| {
+        since.request([evicted + cache.len() as u64, evicted]);
+        left.clear();
+        let hits = cache.request(chain, &mut left);
+        evicted += left.len() as u64;
+        hits
+    })?;
+    let [inserted, evicted] = since.counted([evicted + cache.len() as u64, evicted]);
+    Some(Replayed { hits, inserted: Some(inserted), evicted: Some(evicted), below: None })
+}
+
+fn replay_tiers(
+    trace: &Trace,
+    plan: &Plan,
+    below: Below,
+    (kind, capacity): (PolicyKind, u64),
+    stop: &AtomicBool,
+) -> Option<Replayed> {
     let second_blocks = below.capacity.blocks(trace, plan.token_bytes).ok()?;
     let capacities = [capacity as usize, second_blocks as usize];
     let mut tiers = TwoTiers::new(below.kind, kind, capacities, below.admit);
     let warm = warm(trace, plan.warm_up);
-    let (mut first, mut number) = (Counter::default(), 0);
+    let mut since = Since { warm, ..Since::default() };
+    let mut first = Counter::default();
     let both = count(trace, plan.warm_up, stop, |chain| {
+        let number = since.number;
+        since.request([tiers.reads, tiers.writes]);
         let [upper, both] = tiers.request(chain);
         if number >= warm {
             first.count(trace, &trace.requests()[number], upper);
         }
-        number += 1;
         both
     })?;
-    let row = second(trace, plan, &tiers, [first.finish(), both], second_blocks);
-    Some(Replayed { hits: both, inserted: 0, evicted: 0, below: Some(row) })
+    let [reads, writes] = since.counted([tiers.reads, tiers.writes]);
+    let hit_tokens = both.hit_tokens - first.finish().hit_tokens;
+    let written_tokens = (writes * trace.block_tokens) as f64;
+    let days = trace.duration_ms(warm) as f64 / DAY_MS;
+    let bytes_a_day =
+        plan.token_bytes.filter(|_| days > 0.0).map(|bytes| written_tokens * bytes as f64 / days);
+    let life_days = bytes_a_day.filter(|bytes| *bytes > 0.0).zip(plan.endurance_bytes);
+    let row = BelowRow {
+        kind: format!("{:?}", below.kind),
+        admit: below.admit,
+        capacity_blocks: second_blocks,
+        hit_tokens,
+        reads,
+        writes,
+        written_per_hit: (hit_tokens > 0).then(|| written_tokens / hit_tokens as f64),
+        life_days: life_days.map(|(bytes, endurance)| endurance / bytes),
+    };
+    Some(Replayed { hits: both, inserted: None, evicted: None, below: Some(row) })
 }
 
 /// Replays everything of a plan, on all cores. `done` hears of each replay that ended.
@@ -374,7 +419,8 @@ pub fn run(trace: &Trace, plan: &Plan, stop: &AtomicBool, done: impl Fn() + Sync
         let all = capacities.iter().flat_map(|capacity| contenders.iter().map(|one| (*capacity, *one)));
         all.collect()
     };
-    let optimum = jobs.iter().any(|(_, one)| *one == Contender::Optimum).then(|| Optimum::new(trace));
+    let wanted = jobs.iter().any(|(_, one)| *one == Contender::Optimum);
+    let optimum = (wanted && !stop.load(Ordering::Relaxed)).then(|| Optimum::new(trace));
     let replayed: Vec<Option<Replayed>> = jobs
         .par_iter()
         .map(|(capacity, contender)| {
@@ -406,7 +452,7 @@ pub fn run(trace: &Trace, plan: &Plan, stop: &AtomicBool, done: impl Fn() + Sync
             evicted: *evicted,
             share_of_optimum: best(*capacity).map(|best| share(hits.hit_tokens, best)),
             share_of_ceiling: share(hits.hit_tokens, ceiling.hit_tokens),
-            below: *below,
+            below: below.clone(),
         })
     };
     Ok(Outcome {
@@ -415,7 +461,7 @@ pub fn run(trace: &Trace, plan: &Plan, stop: &AtomicBool, done: impl Fn() + Sync
         requests: trace.requests().len() as u64,
         references: trace.references(),
         unique: trace.unique(),
-        duration_ms: trace.duration_ms(),
+        duration_ms: trace.duration_ms(0),
         ceiling,
         rows: jobs.iter().zip(&replayed).filter_map(row).collect(),
         complete,
@@ -481,7 +527,7 @@ mod tests {
         let outcome = run(&trace(), &plan, &AtomicBool::new(false), || ()).unwrap();
         assert!(outcome.rows.iter().all(|row| row.policy != "opt"));
         for row in &outcome.rows {
-            let below = row.below.unwrap();
+            let below = row.below.clone().unwrap();
             assert!(below.hit_tokens > 0 && below.writes > 0 && below.life_days.unwrap() > 0.0, "{row:?}");
         }
     }

@@ -102,7 +102,7 @@ fn tiers(outcome: &Outcome) -> Result<String, Box<dyn std::error::Error>> {
         .rows
         .iter()
         .filter_map(|row| {
-            let below = row.below?;
+            let below = row.below.as_ref()?;
             let first = 100.0 * share(row.hits.hit_tokens - below.hit_tokens, row.hits.tokens);
             let second = 100.0 * share(below.hit_tokens, row.hits.tokens);
             Some((format!("{} {:.1}%", row.policy, 100.0 * row.capacity_share), first, second))

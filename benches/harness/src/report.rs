@@ -146,7 +146,8 @@ impl Report {
         for row in self.outcomes.iter().flat_map(|outcome| &outcome.rows) {
             let Row { hits, below, .. } = row;
             let optional = |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.6}"));
-            let below = below.map_or(",,,,,".to_owned(), |below| {
+            let counted = |value: Option<u64>| value.map_or(String::new(), |value| value.to_string());
+            let below = below.as_ref().map_or(",,,,,".to_owned(), |below| {
                 format!(
                     "{},{},{},{},{},{}",
                     below.capacity_blocks,
@@ -173,8 +174,8 @@ impl Report {
                 hits.hit_blocks,
                 share(hits.hit_blocks, hits.blocks),
                 hits.request_mean,
-                row.inserted,
-                row.evicted,
+                counted(row.inserted),
+                counted(row.evicted),
                 optional(row.share_of_optimum),
                 row.share_of_ceiling,
             );
@@ -247,7 +248,7 @@ fn table(outcome: &Outcome) -> String {
             row.share_of_optimum.map_or("-".into(), percent),
             percent(row.share_of_ceiling)
         );
-        if let Some(below) = row.below {
+        if let Some(below) = &row.below {
             let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
             let _ = write!(
                 table,

@@ -20,6 +20,12 @@ const COMMON_BLOCK_TOKENS: [u64; 9] = [16, 32, 64, 128, 256, 512, 1024, 2048, 8]
 /// Ids below this many times the references are used as they are; others are numbered anew.
 const SPARSE: u64 = 8;
 
+/// Longest prompt.
+const MAX_INPUT_TOKENS: u64 = 1 << 32;
+
+/// Blocks asked for in all: what fits the optimum's tables.
+const MAX_REFERENCES: u64 = 1 << 31;
+
 /// What gzip files begin with.
 const GZIP_MAGIC: [u8; 2] = [0x1F, 0x8B];
 
@@ -239,9 +245,9 @@ impl Trace {
         head
     }
 
-    /// From the first request to the last.
-    pub fn duration_ms(&self) -> u64 {
-        let times = self.requests.iter().map(|request| request.timestamp_ms);
+    /// From the first request after the `skipped` ones to the last.
+    pub fn duration_ms(&self, skipped: usize) -> u64 {
+        let times = self.requests.iter().skip(skipped).map(|request| request.timestamp_ms);
         let (first, last) = (times.clone().min().unwrap_or(0), times.max().unwrap_or(0));
         last.saturating_sub(first).max(0) as u64
     }
@@ -274,8 +280,15 @@ impl Raw {
                 self.runs.push((start, count));
             }
         }
+        let blocks = self.runs[first..].iter().try_fold(0u64, |sum, (_, count)| sum.checked_add(*count));
+        if line.input_length > MAX_INPUT_TOKENS || blocks.is_none_or(|blocks| blocks > line.input_length) {
+            return Err("it has more blocks than tokens, or more tokens than any prompt".into());
+        }
         for (start, count) in &self.runs[first..] {
             self.references += count;
+            if self.references > MAX_REFERENCES {
+                return Err(format!("the trace asks for more than {MAX_REFERENCES} blocks"));
+            }
             self.largest = self.largest.max(start + (count - 1));
         }
         let index = |at: usize| u32::try_from(at).map_err(|_| "the trace has too many runs".to_owned());
@@ -357,7 +370,7 @@ mod tests {
             assert_eq!((trace.name.as_str(), trace.block_tokens), ("some", 16));
             assert_eq!(chains(&trace), [vec![0, 1, 2, 7, 8], vec![0, 1]]);
             assert_eq!(
-                (trace.references(), trace.unique(), trace.tokens(), trace.duration_ms()),
+                (trace.references(), trace.unique(), trace.tokens(), trace.duration_ms(0)),
                 (7, 5, 113, 5)
             );
             assert_eq!(chains(&trace.head(1)).len(), 1);
@@ -382,7 +395,12 @@ mod tests {
             error("{\"input_length\": 1, \"hash_ids\": [1], \"runs\": [[1, 1]]}")
                 .contains("hash_ids and runs")
         );
-        assert!(error("{\"input_length\": 1, \"runs\": [[18446744073709551615, 2]]}").contains("beyond"));
+        assert!(error("{\"input_length\": 9, \"runs\": [[18446744073709551615, 2]]}").contains("beyond"));
+        assert!(
+            error("{\"input_length\": 9, \"runs\": [[0, 4000000000]]}").contains("more blocks than tokens")
+        );
+        let twice = "{\"input_length\": 9, \"runs\": [[0, 9223372036854775808], [0, 9223372036854775808]]}";
+        assert!(error(twice).contains("more blocks than tokens"));
         let unclear = read("{\"input_length\": 5, \"hash_ids\": [1, 2, 3]}\n", None).unwrap_err().to_string();
         assert!(unclear.contains("--block-tokens"), "{unclear}");
         assert!(

@@ -214,22 +214,32 @@ pub(crate) async fn find_and_send<S: AsyncRead + AsyncWrite + Unpin>(
     let lookup = request.lookup.ok_or_else(|| Status::invalid_argument("a read without its lookup"))?;
     let found = store.lookup(session, &lookup, false)?;
     let lease_id = found.lease_id;
-    let hits = (found.checksums.len() / CHECKSUM_BYTES) as u32;
-    link.push(kind::FOUND, &found);
-    let count = hits.saturating_sub(request.first).min(request.count);
+    let count = following(&found, request.first, request.count);
+    // At once: the first block may have to come from a device.
+    link.send(kind::FOUND, &found).await?;
     if count == 0 {
-        return link.send(kind::END, &()).await;
+        return Ok(());
     }
     let wanted = pb::FetchRequest { lease_id, first: request.first, count, ..Default::default() };
     send(store, link, wire, session, &wanted).await
 }
 
-/// The client's side of a read, up to the blocks.
+/// How many blocks follow an answer to a read; both ends know. If it is none, nothing follows at all.
+fn following(found: &pb::LookupResponse, first: u32, count: u32) -> u32 {
+    let hits = (found.checksums.len() / CHECKSUM_BYTES) as u32;
+    if found.lease_id == 0 { 0 } else { hits.saturating_sub(first).min(count) }
+}
+
+/// The client's side of a read, up to the blocks: what was found, and whether any block follows.
 pub(crate) async fn find<S: AsyncRead + AsyncWrite + Unpin>(
     link: &mut Link<S>,
     request: &pb::ReadRequest,
-) -> Result<Result<pb::LookupResponse, Status>, Status> {
-    ask(link, kind::READ, request, kind::FOUND).await
+) -> Result<Result<(pb::LookupResponse, bool), Status>, Status> {
+    let found: Result<pb::LookupResponse, Status> = ask(link, kind::READ, request, kind::FOUND).await?;
+    Ok(found.map(|found| {
+        let follows = following(&found, request.first, request.count) > 0;
+        (found, follows)
+    }))
 }
 
 /// Whether the connection is fine and only the request is not.

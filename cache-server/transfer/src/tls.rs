@@ -156,7 +156,13 @@ impl Reader for TlsWire {
             let mut taken = self.pool.take().await?;
             let mut link = self.taken(taken.connection()).await?;
             match stream::find(&mut link, request).await? {
-                Ok(found) => Ok((found, Box::new(Coming { taken, link }) as Box<dyn Following + 'a>)),
+                Ok((found, true)) => {
+                    Ok((found, Some(Box::new(Coming { taken, link }) as Box<dyn Following + 'a>)))
+                }
+                Ok((found, false)) => {
+                    taken.put_back(link);
+                    Ok((found, None))
+                }
                 Err(refusal) => {
                     taken.put_back(link);
                     Err(refusal)

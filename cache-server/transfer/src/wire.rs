@@ -122,8 +122,8 @@ pub trait Following: Send {
         Self: 'a;
 }
 
-/// What a read finds, and what follows.
-pub type Found<'a> = (pb::LookupResponse, Box<dyn Following + 'a>);
+/// What a read finds, and the blocks that follow, if any do.
+pub type Found<'a> = (pb::LookupResponse, Option<Box<dyn Following + 'a>>);
 
 /// A wire whose server can send blocks unasked.
 pub trait Reader: Send + Sync {

@@ -34,7 +34,7 @@ pub(crate) struct HitRateArguments {
     #[arg(long, value_name = "KIND")]
     workload: Vec<Workload>,
     /// Requests of made-up traffic.
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: u32,
     /// Which made-up traffic of its kind.
     #[arg(long, default_value_t = 1)]
@@ -49,10 +49,10 @@ pub(crate) struct HitRateArguments {
     #[arg(long, value_name = "POINTS", value_parser = clap::value_parser!(u32).range(2..=200), conflicts_with = "capacity")]
     sweep: Option<u32>,
     /// Tokens of a block [default: told from the lengths].
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     block_tokens: Option<u64>,
     /// Bytes that one token's state takes, for sizes in bytes and the life of a drive.
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "geometry")]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with = "geometry")]
     token_bytes: Option<u64>,
     /// The same from a model: layers, KV heads, head size and bytes of a number, as 32x8x128x2.
     #[arg(long, value_name = "L,H,D,B", value_parser = geometry)]
@@ -70,7 +70,7 @@ pub(crate) struct HitRateArguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), requires = "nvme")]
     admit: u32,
     /// What its drive can take in its life, in terabytes, as its data sheet says.
-    #[arg(long, value_name = "TB", default_value_t = 3500.0)]
+    #[arg(long, value_name = "TB", default_value_t = 3500.0, value_parser = not_negative)]
     endurance_tb: f64,
     /// A folder for JSON, CSV and a page with plots.
     #[arg(long, value_name = "DIR")]
@@ -97,7 +97,7 @@ pub(crate) struct WorkloadArguments {
     #[arg(long)]
     kind: Workload,
     /// How many requests.
-    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     requests: u32,
     /// Which of its kind.
     #[arg(long, default_value_t = 1)]
@@ -114,7 +114,7 @@ pub(crate) struct DiffArguments {
     /// Another.
     after: PathBuf,
     /// Points of token hit rate (of a hundred) that count as a change. Replays are exact: 0 shows everything.
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.05, value_parser = not_negative)]
     bound: f64,
 }
 
@@ -128,10 +128,15 @@ fn geometry(text: &str) -> Result<u64, String> {
     match numbers.collect::<Result<Vec<_>, _>>()?[..] {
         [layers, heads, size, bytes] => {
             let product = [layers, heads, size, bytes, 2].into_iter().try_fold(1u64, u64::checked_mul);
-            product.filter(|bytes| *bytes > 0).ok_or_else(wrong)
+            product.filter(|bytes| (1..=1 << 32).contains(bytes)).ok_or_else(wrong)
         }
         _ => Err(wrong()),
     }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| format!("{text:?} must be a number, not below 0"))
 }
 
 fn warm_up(text: &str) -> Result<f64, String> {
@@ -185,27 +190,44 @@ impl HitRateArguments {
         let read =
             self.trace.iter().map(|path| Trace::read(path, self.block_tokens).map_err(CliError::failed));
         let made = self.workload.iter().map(|kind| Ok(generate(kind, self.requests as usize, self.seed)));
-        read.chain(made).collect()
+        let mut traces = read.chain(made).collect::<Result<Vec<Trace>, CliError>>()?;
+        // Files of one name in two folders.
+        for i in 1..traces.len() {
+            let name = traces[i].name.clone();
+            let before = traces[..i].iter().filter(|trace| trace.name == name).count();
+            if before > 0 {
+                traces[i].name = format!("{name}-{}", before + 1);
+            }
+        }
+        Ok(traces)
     }
 }
 
 fn hit_rates(arguments: &HitRateArguments) -> Result<(), CliError> {
     let plan = arguments.plan()?;
     let stop = Arc::new(AtomicBool::new(false));
+    if let Some(folder) = &arguments.report {
+        // Before the work, not after it.
+        std::fs::create_dir_all(folder)
+            .map_err(|error| CliError::Failed(format!("{}: {error}", folder.display())))?;
+    }
     let mut outcomes = Vec::new();
     for trace in arguments.traces()? {
         outcomes.push(replay(trace, plan.clone(), &stop)?);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
     }
-    let made = Made::here(env!("CARGO_PKG_VERSION"), std::env::args().collect());
-    let report = Report::hit_rates(made, outcomes);
-    if let Some(folder) = &arguments.report {
-        report.write(folder).map_err(CliError::failed)?;
-    }
+    let command = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let report = Report::hit_rates(Made::here(env!("CARGO_PKG_VERSION"), command), outcomes);
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report).map_err(CliError::failed)?);
     } else {
         report.outcomes.iter().for_each(print);
-        if let Some(folder) = &arguments.report {
+    }
+    if let Some(folder) = &arguments.report {
+        report.write(folder).map_err(CliError::failed)?;
+        if !arguments.json {
             println!("report: {}", folder.join("report.html").display());
         }
     }
@@ -288,13 +310,13 @@ fn print(outcome: &Outcome) {
             row.share_of_optimum.map_or("-".into(), share),
             share(row.share_of_ceiling),
         ];
-        match row.below {
+        match &row.below {
             Some(below) => {
                 let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2}"));
                 cells.extend([below.reads.to_string(), below.writes.to_string()]);
                 cells.extend([number(below.written_per_hit), number(below.life_days)]);
             }
-            None => cells.push(row.evicted.to_string()),
+            None => cells.push(row.evicted.map_or("-".into(), |evicted| evicted.to_string())),
         }
         table.add_row(cells);
     }

@@ -17,6 +17,9 @@ const PUBLISH_QUEUE: usize = 64;
 /// Bytes waiting to be published, likewise.
 const PUBLISH_QUEUE_BYTES: usize = 256 << 20;
 
+/// Bytes that are read with the lookup: more is fetched once it is known that it is there.
+const READ_BYTES: usize = 32 << 20;
+
 /// Blocks of one fetch: bounds what one late block can spoil, and the message sizes.
 const FETCH_BLOCKS: usize = 512;
 
@@ -118,24 +121,22 @@ impl Share {
 
     async fn run_load(&self, job: LoadJob) -> Loaded {
         let started = Instant::now();
-        let mut staging = self.staging(job.hashes.len().saturating_sub(job.first).min(job.room));
-        let mut read = self.read(&job, staging.as_mut()).await;
         let mut delegated = false;
-        let missing = job.hashes.len() - read.0.resident().max(job.first);
-        let missing_tokens = missing * self.space.layout().block_tokens();
-        // Without the cache the other worker's result could not be loaded.
-        if job.may_delegate
-            && self.client.is_connected()
-            && let Some(delegate) = &self.delegate
-            && missing > 0
-            && missing_tokens >= delegate.min_tokens
-        {
-            delegated = delegate.peer.prefill(&self.space, &job.tokens).await;
+        let mut staging = None;
+        let (lookup, fetched) = if job.may_delegate && self.delegate.is_some() {
+            let mut lookup = self.client.lookup(&self.space, &job.hashes).await;
+            delegated = self.delegate(&job, lookup.resident()).await;
             if delegated {
-                read = self.read(&job, staging.as_mut()).await;
+                lookup = self.client.lookup(&self.space, &job.hashes).await;
             }
-        }
-        let (lookup, fetched) = read;
+            (lookup, Fetched { outcomes: Vec::new(), wire: None })
+        } else {
+            // Nobody knows yet how much there is: room for the first blocks, which come with the answer.
+            let wanted = job.hashes.len().saturating_sub(job.first).min(job.room);
+            let few = (READ_BYTES / self.space.block_bytes() as usize).clamp(1, FETCH_BLOCKS);
+            staging = self.staging(wanted.min(few));
+            self.read(&job, staging.as_mut()).await
+        };
         let resident = lookup.resident();
         let mut loaded = Loaded {
             id: job.id,
@@ -146,13 +147,45 @@ impl Share {
             delegated,
             elapsed: Duration::ZERO,
         };
-        if let (Some(run), Some(mut staging)) = (&lookup.run, staging) {
-            let end = resident.min(job.first + job.room);
+        let end = resident.min(job.first + job.room);
+        if let Some(run) = lookup.run.as_ref().filter(|_| end > job.first)
+            && let Some(mut staging) = self.enough(staging, end - job.first)
+        {
             (loaded.blocks, loaded.wire) = self.fetch_rest(run, &job, end, fetched, &mut staging).await;
-            loaded.staging = Some(staging);
+            loaded.staging = (loaded.blocks > 0).then_some(staging);
         }
         loaded.elapsed = started.elapsed();
         loaded
+    }
+
+    /// Lets another worker compute what is missing, if it is worth it; says whether it did.
+    async fn delegate(&self, job: &LoadJob, resident: usize) -> bool {
+        let missing = job.hashes.len() - resident.max(job.first);
+        let missing_tokens = missing * self.space.layout().block_tokens();
+        // Without the cache the other worker's result could not be loaded.
+        if self.client.is_connected()
+            && let Some(delegate) = &self.delegate
+            && missing > 0
+            && missing_tokens >= delegate.min_tokens
+        {
+            return delegate.peer.prefill(&self.space, &job.tokens).await;
+        }
+        false
+    }
+
+    /// Room for all blocks, with what is in the first ones.
+    fn enough(&self, staging: Option<HostPinned>, blocks: usize) -> Option<HostPinned> {
+        let bytes = blocks * self.space.block_bytes() as usize;
+        match staging {
+            Some(staging) if staging.as_ref().len() >= bytes => Some(staging),
+            few => {
+                let mut all = self.staging(blocks)?;
+                if let Some(few) = few {
+                    all.as_mut()[..few.as_ref().len()].copy_from_slice(few.as_ref());
+                }
+                Some(all)
+            }
+        }
     }
 
     /// Room for so many blocks; none if there is none to be had.

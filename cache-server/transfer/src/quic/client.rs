@@ -251,8 +251,9 @@ impl Reader for QuicWire {
     fn read<'a>(&'a self, request: &'a pb::ReadRequest) -> BoxFuture<'a, Result<Found<'a>, Status>> {
         let work = async move {
             let mut link = self.request().await?;
-            let found = stream::find(&mut link, request).await??;
-            Ok((found, Box::new(Coming(link)) as Box<dyn Following + 'a>))
+            let (found, follows) = stream::find(&mut link, request).await??;
+            let blocks = follows.then(|| Box::new(Coming(link)) as Box<dyn Following + 'a>);
+            Ok((found, blocks))
         };
         work.boxed()
     }

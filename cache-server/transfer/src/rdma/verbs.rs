@@ -144,9 +144,18 @@ impl Channel {
             let Some((id, ticket, reads)) = request else { return Ok(Happening::Other(kind, status)) };
             // Its later events are nobody's concern. Read here, by a thread that does not own the id, they would make the library change a
             // queue pair that its owner may be destroying.
-            let end = End { id, channel: Self::unread()? };
-            check(rdma_migrate_id(end.id.0, end.channel.raw.0))?;
-            Ok(Happening::Request(Request { end, ticket, reads }))
+            let own = Self::unread().and_then(|channel| {
+                check(rdma_migrate_id(id.0, channel.raw.0))?;
+                Ok(channel)
+            });
+            Ok(match own {
+                Ok(channel) => Happening::Request(Request { end: End { id, channel }, ticket, reads }),
+                // This one cannot be served; the next may.
+                Err(error) => {
+                    tracing::debug!(%error, "a request for a queue pair is dropped");
+                    Happening::Other(kind, status)
+                }
+            })
         }
     }
 
