@@ -5,7 +5,7 @@
 #   CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/tests/rdma/run.sh \
 #       cargo test --features rdma -p cairn-tests --test wires --test rdma
 #
-# CAIRN_RDMA_VM (default: target/rdma-vm) is the folder that prepare.sh fills; CAIRN_RDMA_FILES names files and folders to be copied into
+# CAIRN_RDMA_VM (an absolute path; default: target/rdma-vm) is the folder that prepare.sh fills; CAIRN_RDMA_FILES names files and folders to be copied into
 # the guest's /files. Other variables that begin with CAIRN_ or RUST_ are passed on.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

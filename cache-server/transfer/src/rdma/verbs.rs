@@ -160,7 +160,7 @@ impl Channel {
     }
 
     /// Waits for one kind of event; any other means failure.
-    async fn expect(&self, wanted: rdma_cm_event_type::Type) -> io::Result<()> {
+    async fn await_event(&self, wanted: rdma_cm_event_type::Type) -> io::Result<()> {
         match self.next().await? {
             Happening::Other(kind, 0) if kind == wanted => Ok(()),
             Happening::Other(kind, status) => {
@@ -480,7 +480,7 @@ impl Queue {
         check(unsafe {
             rdma_resolve_addr(id.0, null_mut(), address.as_ptr().cast_mut().cast(), RESOLVE_MS)
         })?;
-        channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED).await?;
+        channel.await_event(rdma_cm_event_type::RDMA_CM_EVENT_ADDR_RESOLVED).await?;
         let mut timeout = ACK_TIMEOUT;
         // SAFETY: the id lives; the option is one byte. A library that does not know it has its own timeout.
         unsafe {
@@ -489,9 +489,9 @@ impl Queue {
         }
         // SAFETY: the id lives and has an address.
         check(unsafe { rdma_resolve_route(id.0, RESOLVE_MS) })?;
-        channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED).await?;
+        channel.await_event(rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED).await?;
         let queue = Self::call(End { id, channel }, ticket)?;
-        queue.end.channel.expect(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED).await?;
+        queue.end.channel.await_event(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED).await?;
         Ok(queue)
     }
 
