@@ -1,9 +1,19 @@
-//! What the benches share: timing by medians, and the physical limits that each number is shown beside.
+//! The benches behind `cairn bench` that measure: each beside the physical limit, in the same rounds. And what the micro benches share.
 
 pub mod disk;
-pub mod limits;
+mod error;
+mod limits;
 pub mod peers;
-pub mod wire;
+pub mod ratios;
+mod raw_disk;
+pub mod replay;
+pub mod serve;
+pub mod transfer;
+mod watch;
+mod wire;
+
+pub use error::{BenchError, OrFail};
+pub use watch::{Unwatched, Watch};
 
 use rayon::prelude::*;
 use std::hint::black_box;
@@ -48,6 +58,12 @@ pub fn peak_gflops(runs: usize) -> f64 {
         });
     });
     (threads * repeats * 2 * 12 * 256 * 32) as f64 / seconds / 1e9
+}
+
+/// CPU time of this process so far, in seconds.
+pub(crate) fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 /// Bytes a second that all threads of the pool read from memory together.

@@ -1,6 +1,7 @@
 //! The limit of gRPC on this machine: a stream of the same messages with no store behind it.
 
 use crate::limits::Tls;
+use crate::{BenchError, OrFail};
 use cairn_proto::{limits, pb};
 use futures::{Stream, stream};
 use std::hint::black_box;
@@ -71,48 +72,55 @@ impl pb::cache_server::Cache for Bare {
 
 /// A tonic server with TLS and no store, on another runtime, and a client of it.
 ///
-/// # Panics
+/// # Errors
 /// When loopback cannot be listened on.
-pub async fn bare_tonic(tls: &Tls, servers: &Handle) -> pb::cache_client::CacheClient<Channel> {
-    let bound = servers.spawn(TcpListener::bind("127.0.0.1:0")).await.expect("no panic");
-    let listener = bound.expect("a free port");
-    let address = listener.local_addr().expect("an address");
+pub async fn bare_tonic(
+    tls: &Tls,
+    servers: &Handle,
+) -> Result<pb::cache_client::CacheClient<Channel>, BenchError> {
+    let bound = servers.spawn(TcpListener::bind("127.0.0.1:0")).await.or_fail("no panic")?;
+    let listener = bound.or_fail("a free port")?;
+    let address = listener.local_addr().or_fail("an address")?;
     let bare = Bare(vec![5u8; limits::CHUNK_BYTES].into());
     let service =
         pb::cache_server::CacheServer::new(bare).max_encoding_message_size(limits::MAX_MESSAGE_BYTES);
-    let read = |path: &std::path::Path| std::fs::read(path).expect("a file");
-    let identity = Identity::from_pem(read(&tls.certs.server.0), read(&tls.certs.server.1));
+    let read = |path: &std::path::Path| std::fs::read(path).or_fail("a certificate");
+    let identity = Identity::from_pem(read(&tls.certs.server.0)?, read(&tls.certs.server.1)?);
     let server = tonic::transport::Server::builder()
         .tls_config(ServerTlsConfig::new().identity(identity))
-        .expect("TLS")
+        .or_fail("TLS")?
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(32 << 20)
         .add_service(service)
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     servers.spawn(server);
-    let ca = Certificate::from_pem(read(&tls.certs.ca));
+    let ca = Certificate::from_pem(read(&tls.certs.ca)?);
     let endpoint =
-        tonic::transport::Endpoint::from_shared(format!("https://{address}")).expect("an endpoint");
+        tonic::transport::Endpoint::from_shared(format!("https://{address}")).or_fail("an endpoint")?;
     let channel = endpoint
         .tls_config(ClientTlsConfig::new().ca_certificate(ca))
-        .expect("TLS")
+        .or_fail("TLS")?
         .tcp_nodelay(true)
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(32 << 20)
         .connect()
         .await
-        .expect("connected");
-    pb::cache_client::CacheClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES)
+        .or_fail("connected")?;
+    Ok(pb::cache_client::CacheClient::new(channel).max_decoding_message_size(limits::MAX_MESSAGE_BYTES))
 }
 
 /// Asks a bare server for that many bytes, and drops them.
 ///
-/// # Panics
+/// # Errors
 /// When the stream fails.
-pub async fn tonic_get(client: &pb::cache_client::CacheClient<Channel>, bytes: usize) {
+pub async fn tonic_get(
+    client: &pb::cache_client::CacheClient<Channel>,
+    bytes: usize,
+) -> Result<(), BenchError> {
     let request = pb::FetchRequest { lease_id: bytes as u64, ..Default::default() };
-    let mut chunks = client.clone().fetch(request).await.expect("a stream").into_inner();
-    while let Some(chunk) = chunks.message().await.expect("a message") {
+    let mut chunks = client.clone().fetch(request).await.or_fail("a stream")?.into_inner();
+    while let Some(chunk) = chunks.message().await.or_fail("a message")? {
         black_box(chunk);
     }
+    Ok(())
 }

@@ -200,12 +200,17 @@ fn encode_devices(encoder: &mut DescriptorEncoder<'_>, engine: &Engine) -> Resul
         attached.as_ref().and_then(|attached| usages.iter().find(|usage| usage.device == attached.id))
     };
     let in_service = |usage: &DeviceUsage| u64::from(usage.state != DeviceCondition::Lost);
-    let gauges: [DeviceGauge; 5] = [
+    let gauges: [DeviceGauge; 6] = [
         ("device_in_service", "1 while the device takes part", in_service),
         ("device_capacity_bytes", "Room for records", |usage| usage.capacity_bytes),
         ("device_live_bytes", "Bytes of wanted records", |usage| usage.live_bytes),
+        ("device_target_bytes", "Bytes of wanted records beyond which copies leave", |usage| {
+            usage.target_bytes
+        }),
         ("device_live_blocks", "Wanted records", |usage| usage.live_blocks),
-        ("device_queued_blocks", "Blocks that wait to be written", |usage| usage.queued_blocks),
+        ("device_queued_blocks", "Blocks that wait to be written, or are being written", |usage| {
+            usage.queued_blocks
+        }),
     ];
     let counters: [DeviceGauge; 6] = [
         ("device_stored_bytes", "Bytes written for the first time", |usage| usage.counters.stored_bytes),

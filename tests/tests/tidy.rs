@@ -46,7 +46,7 @@ const UNSAFE_ALLOWED: [&str; 11] = [
     "cache-server/transfer/src/map.rs",
     "cache-server/transfer/src/rdma/",
     "cache-server/transfer/src/shm/",
-    "benches/src/disk.rs",
+    "benches/src/raw_disk.rs",
 ];
 
 fn root() -> PathBuf {

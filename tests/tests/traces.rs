@@ -200,7 +200,7 @@ fn two_tiers() {
         let [first, second] = row.capacities;
         let mut plan = plan(vec![Contender::Policy(PolicyKind::Lru)], &[first]);
         let capacity = Capacity::Blocks(second as u64);
-        plan.below = Some(Below { kind: row.kind, capacity, admit: row.admit });
+        plan.below = Some(Below { kind: row.kind, capacity, admit: row.admit, policy: None });
         let outcome = hit_rate::run(&trace, &plan, &AtomicBool::new(false), || ()).unwrap();
         let (hits, below) = (outcome.rows[0].hits, outcome.rows[0].below.clone().unwrap());
         let token_hit = hits.hit_tokens as f64 / hits.tokens as f64;

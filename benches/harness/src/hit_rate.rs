@@ -121,6 +121,8 @@ pub struct Below {
     pub capacity: Capacity,
     /// Blocks are written from this use on.
     pub admit: u32,
+    /// What leaves it; as in the first tier if not said.
+    pub policy: Option<PolicyKind>,
 }
 
 /// What to replay.
@@ -162,6 +164,9 @@ pub struct Hits {
 pub struct BelowRow {
     /// What it does with what the first has.
     pub kind: String,
+    /// What leaves it; absent if as in the first tier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
     /// Blocks are written from this use on.
     pub admit: u32,
     /// Its size in blocks.
@@ -367,7 +372,7 @@ fn replay_tiers(
 ) -> Option<Replayed> {
     let second_blocks = below.capacity.blocks(trace, plan.token_bytes).ok()?;
     let capacities = [capacity as usize, second_blocks as usize];
-    let mut tiers = TwoTiers::new(below.kind, kind, capacities, below.admit);
+    let mut tiers = TwoTiers::new(below.kind, [kind, below.policy.unwrap_or(kind)], capacities, below.admit);
     let warm = warm(trace, plan.warm_up);
     let mut since = Since { warm, ..Since::default() };
     let mut first = Counter::default();
@@ -389,6 +394,7 @@ fn replay_tiers(
     let life_days = bytes_a_day.filter(|bytes| *bytes > 0.0).zip(plan.endurance_bytes);
     let row = BelowRow {
         kind: format!("{:?}", below.kind),
+        policy: below.policy.map(|policy| policy.name().into()),
         admit: below.admit,
         capacity_blocks: second_blocks,
         hit_tokens,
@@ -519,7 +525,8 @@ mod tests {
 
     #[test]
     fn a_second_tier_adds_hits_and_wear() {
-        let below = Below { kind: SecondTier::WriteThrough, capacity: Capacity::Share(0.5), admit: 1 };
+        let below =
+            Below { kind: SecondTier::WriteThrough, capacity: Capacity::Share(0.5), admit: 1, policy: None };
         let mut plan = plan(&["5%"]);
         plan.below = Some(below);
         plan.token_bytes = Some(1000);

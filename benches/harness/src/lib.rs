@@ -5,11 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod arrivals;
 pub mod diff;
 pub mod hit_rate;
+mod kv_events;
 mod opt;
 mod plot;
 pub mod report;
+pub mod section;
 pub mod trace;
 pub mod workload;
 

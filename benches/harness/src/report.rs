@@ -2,6 +2,7 @@
 
 use crate::hit_rate::{Outcome, Row};
 use crate::plot;
+use crate::section::{Cell, Plot, Section};
 use serde::{Deserialize, Serialize};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -32,12 +33,23 @@ pub struct Made {
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: u32,
-    /// `hit-rate`.
+    /// The bench: `hit-rate`, `replay`, `transfer` and so on.
     pub kind: String,
     /// Where and how.
     pub made: Made,
-    /// One for each trace.
+    /// Of hit rates: one for each trace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub outcomes: Vec<Outcome>,
+    /// Of everything else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sections: Vec<Section>,
+    /// It was not ended early.
+    #[serde(default = "yes")]
+    pub complete: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A report that cannot be written or read.
@@ -89,7 +101,13 @@ impl Made {
 impl Report {
     /// Of hit rates.
     pub fn hit_rates(made: Made, outcomes: Vec<Outcome>) -> Self {
-        Self { schema: SCHEMA, kind: "hit-rate".into(), made, outcomes }
+        let complete = outcomes.iter().all(|outcome| outcome.complete);
+        Self { schema: SCHEMA, kind: "hit-rate".into(), made, outcomes, sections: Vec::new(), complete }
+    }
+
+    /// Of measurements.
+    pub fn measured(kind: &str, made: Made, sections: Vec<Section>, complete: bool) -> Self {
+        Self { schema: SCHEMA, kind: kind.into(), made, outcomes: Vec::new(), sections, complete }
     }
 
     /// Reads the JSON form: the file, or a folder with it.
@@ -121,15 +139,26 @@ impl Report {
         std::fs::create_dir_all(folder).map_err(failed(folder))?;
         let json = serde_json::to_string_pretty(self)
             .map_err(|error| ReportError::Content { path: folder.to_owned(), what: error.to_string() })?;
-        let mut files = vec![("report.json".to_owned(), json), ("rows.csv".into(), self.csv())];
-        let mut plots = Vec::new();
-        for outcome in &self.outcomes {
-            for (name, svg) in plot::all(outcome).map_err(ReportError::Plot)? {
-                files.push((format!("{}-{name}.svg", outcome.trace), svg.clone()));
-                plots.push((outcome.trace.clone(), svg));
+        let mut files = vec![("report.json".to_owned(), json)];
+        if !self.outcomes.is_empty() {
+            files.push(("rows.csv".into(), self.csv()));
+        }
+        let of_sections = self.sections.iter().map(|section| (section.name.clone(), section.plots.clone()));
+        let of_outcomes =
+            self.outcomes.iter().map(|outcome| (outcome.trace.clone(), plot::of_hit_rates(outcome)));
+        let mut pictures = Vec::new();
+        for (owner, plots) in of_outcomes.chain(of_sections) {
+            let drawn = plots.iter().filter_map(|plot: &Plot| plot::draw(plot).transpose());
+            for picture in drawn {
+                let (name, svg) = picture.map_err(ReportError::Plot)?;
+                files.push((format!("{owner}-{name}.svg"), svg.clone()));
+                pictures.push((owner.clone(), svg));
             }
         }
-        files.push(("report.html".into(), self.html(&plots)));
+        for section in &self.sections {
+            files.push((format!("{}.csv", section.name), section.csv()));
+        }
+        files.push(("report.html".into(), self.html(&pictures)));
         for (name, text) in files {
             let path = folder.join(name);
             std::fs::write(&path, text).map_err(failed(&path))?;
@@ -185,19 +214,26 @@ impl Report {
 
     fn html(&self, plots: &[(String, String)]) -> String {
         let mut page = String::new();
-        let made = &self.made;
+        let (made, kind) = (&self.made, escape(&self.kind));
         let command = made.command.iter().map(|word| escape(word)).collect::<Vec<_>>().join(" ");
         let _ = write!(
             page,
-            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Cairn: hit rates</title><style>{STYLE}</style>\
-             <h1>Hit rates</h1><p class=\"made\"><code>{command}</code><br>Cairn {}, {}, {} threads, {} MiB of memory, \
-             Unix time {}</p>",
+            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>Cairn: {kind}</title><style>{STYLE}</style>\
+             <h1>cairn bench {kind}</h1><p class=\"made\"><code>{command}</code><br>Cairn {}, {}, {} threads, {} MiB of memory, \
+             Unix time {}{}</p>",
             escape(&made.version),
             escape(&made.cpu),
             made.threads,
             made.memory_mib,
-            made.unix_time
+            made.unix_time,
+            if self.complete { "" } else { "<br><strong>Interrupted: this is what there was.</strong>" }
         );
+        for section in &self.sections {
+            page.push_str(&measured(section));
+            for (_, svg) in plots.iter().filter(|(owner, _)| *owner == section.name) {
+                let _ = write!(page, "<figure>{svg}</figure>");
+            }
+        }
         for outcome in &self.outcomes {
             let ceiling = &outcome.ceiling;
             let _ = write!(
@@ -226,6 +262,32 @@ impl Report {
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}\
     .made{color:#57606a}figure{margin:1.5rem 0}svg{max-width:100%;height:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}\
     td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}";
+
+fn measured(section: &Section) -> String {
+    let mut html = format!("<h2>{}</h2>", escape(&section.title));
+    html.push_str("<table><tr>");
+    section.columns.iter().for_each(|column| {
+        let _ = write!(html, "<th>{}", escape(&column.name));
+    });
+    for row in &section.rows {
+        html.push_str("<tr>");
+        for (column, cell) in section.columns.iter().zip(row) {
+            let shown = escape(&cell.show(column.decimals));
+            let decimals = column.decimals;
+            let _ = match cell {
+                Cell::Range { low, high, .. } => {
+                    write!(html, "<td title=\"{low:.decimals$} to {high:.decimals$}\">{shown}")
+                }
+                _ => write!(html, "<td>{shown}"),
+            };
+        }
+    }
+    html.push_str("</table>");
+    section.notes.iter().for_each(|note| {
+        let _ = write!(html, "<p>{}</p>", escape(note));
+    });
+    html
+}
 
 fn table(outcome: &Outcome) -> String {
     let two = outcome.rows.iter().any(|row| row.below.is_some());

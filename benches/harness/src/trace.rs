@@ -2,12 +2,14 @@
 //! Kept as runs of consecutive ids, so that a hundred million references fit a few hundred MiB.
 //!
 //! JSON lines, plain or gzipped, in the order of replay: `timestamp` (ms), `input_length` (tokens), `output_length`, and either
-//! `hash_ids` (a list, as in Mooncake's releases) or `runs` (`[[first, count], …]`).
+//! `hash_ids` (a list, as in Mooncake's releases) or `runs` (`[[first, count], …]`). Or recordings of events: see `kv_events`.
 
+use crate::kv_events::{self, Recorder};
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
 use serde::Deserialize;
+use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
@@ -117,20 +119,35 @@ impl Trace {
     /// When the file is not such a trace, with the line.
     pub fn read(path: &Path, block_tokens: Option<u64>) -> Result<Self, TraceError> {
         let failed = |source| TraceError::Read { path: path.to_owned(), source };
-        let mut file = BufReader::new(File::open(path).map_err(failed)?);
-        let gzipped = file.fill_buf().map_err(failed)?.starts_with(&GZIP_MAGIC);
-        let text: Box<dyn Read> = if gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+        let lines = open(path).map_err(failed)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let name = name.trim_end_matches(".gz").trim_end_matches(".jsonl");
-        let mut raw = Raw::default();
-        for (number, line) in (1..).zip(BufReader::new(text).lines()) {
+        let (mut raw, mut recorder) = (Raw::default(), None);
+        for (number, line) in (1..).zip(lines.lines()) {
             let line = line.map_err(failed)?;
             if line.trim().is_empty() {
                 continue;
             }
             let wrong = |what: String| TraceError::Line { path: path.to_owned(), line: number, what };
+            // The first line says what they all are.
+            if raw.requests.is_empty() && recorder.is_none() && line.trim_start().starts_with(['[', '{']) {
+                let value: Value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
+                recorder = kv_events::is_batch(&value).then(Recorder::default);
+            }
+            if let Some(recorder) = &mut recorder {
+                let value = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
+                recorder.add(&value).map_err(wrong)?;
+                continue;
+            }
             let parsed: Line = serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?;
             raw.add(parsed).map_err(wrong)?;
+        }
+        let mut block_tokens = block_tokens;
+        if let Some(recorder) = recorder {
+            block_tokens = raw.recorded(recorder).map_err(|what| {
+                // A recording as a whole.
+                TraceError::Line { path: path.to_owned(), line: 1, what }
+            })?;
         }
         if raw.requests.is_empty() {
             return Err(TraceError::Empty(path.to_owned()));
@@ -233,6 +250,14 @@ impl Trace {
         self.requests.iter().map(|request| request.input_tokens).sum()
     }
 
+    /// The same requests at other times, as many as there are of them.
+    #[must_use]
+    pub fn arriving(&self, times_ms: &[i64]) -> Self {
+        let mut trace = self.head(times_ms.len());
+        trace.requests.iter_mut().zip(times_ms).for_each(|(request, time)| request.timestamp_ms = *time);
+        trace
+    }
+
     /// The first `count` requests.
     #[must_use]
     pub fn head(&self, count: usize) -> Self {
@@ -262,7 +287,38 @@ struct Raw {
     largest: u64,
 }
 
+/// Its lines, unzipped if need be.
+fn open(path: &Path) -> std::io::Result<BufReader<Box<dyn Read>>> {
+    let mut file = BufReader::new(File::open(path)?);
+    let gzipped = file.fill_buf()?.starts_with(&GZIP_MAGIC);
+    let text: Box<dyn Read> = if gzipped { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    Ok(BufReader::new(text))
+}
+
+/// All of a small file.
+pub(crate) fn text(path: &Path) -> Result<String, TraceError> {
+    let failed = |source| TraceError::Read { path: path.to_owned(), source };
+    let mut text = String::new();
+    open(path).and_then(|mut file| file.read_to_string(&mut text)).map_err(failed)?;
+    Ok(text)
+}
+
 impl Raw {
+    /// All requests of a recording; returns the size of its blocks.
+    fn recorded(&mut self, recorder: Recorder) -> Result<Option<u64>, String> {
+        let (requests, block_tokens) = recorder.finish();
+        for request in requests {
+            self.add(Line {
+                timestamp: request.timestamp_ms,
+                input_length: request.chain.len() as u64 * block_tokens.unwrap_or(1),
+                output_length: 0,
+                hash_ids: request.chain,
+                runs: Vec::new(),
+            })?;
+        }
+        Ok(block_tokens)
+    }
+
     fn add(&mut self, line: Line) -> Result<(), String> {
         if !line.hash_ids.is_empty() && !line.runs.is_empty() {
             return Err("it has hash_ids and runs".into());

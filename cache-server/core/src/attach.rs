@@ -150,8 +150,9 @@ impl Core {
             },
             capacity_bytes: device.usable_segments(&self.disks.segments) as u64 * device.config.segment_bytes,
             live_bytes: device.live_pages * PAGE_BYTES,
+            target_bytes: device.room(&self.disks.segments).1 * PAGE_BYTES,
             live_blocks: device.live_blocks,
-            queued_blocks: device.queue.len() as u64,
+            queued_blocks: (device.queue.len() + self.disks.writes_to(number)) as u64,
             free_segments: device.free.len() as u64,
             counters: device.counters,
         };

@@ -140,6 +140,20 @@ impl Core {
             })?;
         }
         for (number, device) in self.disks.devices.iter().enumerate() {
+            let (mut moving, mut leaving) = (0, 0);
+            for going in self.disks.moves.values() {
+                if let Going::Write { entry, to, pages, relocation: true, .. } = going
+                    && self.disks.segments[to.segment as usize].device == number
+                {
+                    moving += u64::from(*pages);
+                    let leaves = self.index[entry.id].disk.copying.leaves();
+                    leaving += if leaves { u64::from(*pages) } else { 0 };
+                }
+            }
+            ensure((device.moving_pages, device.leaving_pages) == (moving, leaving), || {
+                let counted = (device.moving_pages, device.leaving_pages);
+                format!("device {number} counts {counted:?} pages on the move, not {:?}", (moving, leaving))
+            })?;
             ensure(device.policy.len() == ordered[number], || {
                 format!("device {number} orders {}, not {}", device.policy.len(), ordered[number])
             })?;

@@ -99,6 +99,9 @@ pub(crate) struct Device {
     pub(crate) open: Option<u32>,
     pub(crate) live_pages: u64,
     pub(crate) live_blocks: u64,
+    /// Of the live pages, those of copies that reclaiming makes, and those of blocks that leave when it is done with them.
+    pub(crate) moving_pages: u64,
+    pub(crate) leaving_pages: u64,
     /// Admitted blocks, oldest first.
     pub(crate) queue: VecDeque<EntryRef>,
     pub(crate) erases: Vec<Place>,
@@ -169,6 +172,15 @@ pub(crate) struct Disks {
 }
 
 impl Disks {
+    /// Records that are being written to a device.
+    pub(crate) fn writes_to(&self, device: usize) -> usize {
+        let to = |going: &&Going| match going {
+            Going::Write { to, .. } => self.segments[to.segment as usize].device == device,
+            _ => false,
+        };
+        self.moves.values().filter(to).count()
+    }
+
     pub(crate) fn attach(&mut self, config: DeviceConfig) -> DeviceId {
         let first_segment = self.segments.len() as u32;
         let device = self.devices.len();
@@ -192,6 +204,8 @@ impl Disks {
             open: None,
             live_pages: 0,
             live_blocks: 0,
+            moving_pages: 0,
+            leaving_pages: 0,
             queue: VecDeque::new(),
             erases: Vec::new(),
             forgets: Vec::new(),

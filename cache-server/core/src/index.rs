@@ -47,13 +47,42 @@ pub(crate) struct DiskState {
     /// It waits to be written.
     pub(crate) queued: bool,
     /// A copy of it is being written.
-    pub(crate) writing: bool,
+    pub(crate) copying: Copying,
     /// Its copy is being read into a host slot.
     pub(crate) loading: bool,
     /// Its copy survives a loss of power.
     pub(crate) durable: bool,
     /// It was found at least once.
     pub(crate) reused: bool,
+}
+
+/// Whether a copy of a block is being written, and what for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Copying {
+    #[default]
+    No,
+    /// The first on its device.
+    First,
+    /// To replace one that is in the way of reclaiming.
+    Relocating,
+    /// The same, but the block leaves its device as soon as that is done.
+    Leaving,
+    /// It was used since, and is written again after that.
+    Returning,
+}
+
+impl Copying {
+    /// The block leaves its device when the copy is done.
+    pub(crate) fn leaves(self) -> bool {
+        matches!(self, Self::Leaving | Self::Returning)
+    }
+}
+
+impl DiskState {
+    /// A copy of it is being written.
+    pub(crate) fn writing(&self) -> bool {
+        self.copying != Copying::No
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,8 +266,10 @@ impl Blocks for OnDisk<'_> {
     /// A copy may go if nobody reads or writes it, and nobody counts on it.
     fn may_leave(&self, id: EntryId) -> bool {
         let entry = &self.0[id];
-        let held = entry.pins > 0 && entry.slot().is_none();
-        entry.place().is_some() && !entry.disk.loading && !entry.disk.writing && !held
+        let relocating = entry.disk.copying == Copying::Relocating;
+        // To be moved is no reason to stay: the coldest blocks are those that reclaiming moves.
+        let held = entry.pins > u32::from(relocating) && entry.slot().is_none();
+        entry.place().is_some() && !entry.disk.loading && (!entry.disk.writing() || relocating) && !held
     }
 
     fn key(&self, id: EntryId) -> u64 {

@@ -123,7 +123,7 @@ impl Core {
         let (id, place) = self.index.occupied_from(first).find_map(|(id, entry)| {
             let place = entry.place()?;
             let here = segments[place.segment as usize].device == device.0 as usize;
-            let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Resident;
+            let busy = entry.disk.loading || entry.disk.writing() || entry.state != EntryState::Resident;
             (here && !busy).then_some((id, place))
         })?;
         self.pin(id);

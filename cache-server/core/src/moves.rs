@@ -229,9 +229,11 @@ pub struct DeviceUsage {
     pub capacity_bytes: u64,
     /// Bytes of wanted records.
     pub live_bytes: u64,
+    /// Beyond so many of them copies leave. Follows from the sizes of the blocks that are there.
+    pub target_bytes: u64,
     /// Wanted records.
     pub live_blocks: u64,
-    /// Blocks that wait to be written.
+    /// Blocks that wait to be written, or are being written.
     pub queued_blocks: u64,
     /// Segments with nothing in them.
     pub free_segments: u64,

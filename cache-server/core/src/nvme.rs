@@ -1,9 +1,10 @@
 //! Decisions about devices: what is written, where, what leaves, which segment is used again, and when a device is given up.
 
 use crate::disk::{DeviceState, Going, PAGE_BYTES, Place, SegmentState, record_pages};
-use crate::index::{EntryId, EntryRef, EntryState};
+use crate::index::{Copying, EntryId, EntryRef, EntryState};
 use crate::moves::{DeviceId, Ended, Move, MoveId, Record, Source, Work};
 use crate::policy::Left;
+use crate::reserve::MAX_ANCESTOR_WALK;
 use crate::state::Core;
 use crate::{Effects, Millis, Room};
 use cairn_proto::MissReason;
@@ -54,12 +55,16 @@ impl std::str::FromStr for Admission {
 impl Core {
     /// Puts a block of the host tier into the queue of a device, unless it is or will be on one.
     pub(crate) fn enqueue_write(&mut self, id: EntryId) {
-        let entry = &self.index[id];
-        let moving = entry.disk.queued || entry.disk.writing;
+        let entry = &mut self.index[id];
+        if entry.disk.copying == Copying::Leaving {
+            entry.disk.copying = Copying::Returning;
+        }
+        let moving = entry.disk.queued || entry.disk.writing();
         if entry.place().is_some() || moving || entry.slot().is_none() {
             return;
         }
-        let pages = self.record_pages(entry.space);
+        let space = entry.space;
+        let pages = self.record_pages(space);
         let reference = self.index.reference(id);
         let Some(device) = self.disks.next_device(pages) else { return };
         self.disks.devices[device].queue.push_back(reference);
@@ -156,8 +161,19 @@ impl Core {
     /// Gives up the copy of a block on its device; the block itself leaves if that was the last copy.
     pub(crate) fn evict_copy(&mut self, now: Millis, id: EntryId, effects: &mut Effects) {
         let Some(place) = self.index[id].place() else { return };
-        self.disks.device_of(place).counters.evicted_blocks += 1;
-        if self.index[id].slot().is_none() {
+        let pages = self.record_pages(self.index[id].space);
+        let device = self.disks.device_of(place);
+        device.counters.evicted_blocks += 1;
+        let in_host = self.index[id].slot().is_some();
+        if self.index[id].disk.copying == Copying::Relocating {
+            device.leaving_pages += u64::from(pages);
+            self.index[id].disk.copying = Copying::Leaving;
+            if in_host {
+                self.unorder_disk(id, Left::Evicted);
+            } else {
+                self.remove(now, id, MissReason::Evicted, effects);
+            }
+        } else if !in_host {
             self.remove(now, id, MissReason::Evicted, effects);
         } else {
             self.leave_device(id, Left::Evicted);
@@ -190,10 +206,15 @@ impl Core {
             // What is left of the open segment is for reclaiming, which will free one.
             return;
         }
+        // The block that was planned last, the shallowest so far of its chain.
+        let mut last: Option<EntryId> = None;
         while let Some(reference) = self.disks.devices[device].queue.front().copied() {
             let wanted = |id: &EntryId| {
                 let entry = &self.index[*id];
-                entry.disk.queued && !entry.disk.writing && entry.place().is_none() && entry.slot().is_some()
+                entry.disk.queued
+                    && !entry.disk.writing()
+                    && entry.place().is_none()
+                    && entry.slot().is_some()
             };
             let Some(id) = self.index.resident(reference).filter(wanted) else {
                 self.disks.devices[device].queue.pop_front();
@@ -204,12 +225,44 @@ impl Core {
             };
             let pages = self.record_pages(self.index[id].space);
             let bytes = u64::from(pages) * PAGE_BYTES;
+            if let Some(before) = last
+                && self.index[before].parent != Some(self.index[id].hash)
+            {
+                // Another chain begins, and the policy is to see this one as a whole.
+                self.refresh_before(before);
+                last = None;
+            }
             let mut after = room;
             if !after.take(bytes) || !self.plan_write(now, (device, id), (pages, false), moves) {
-                return;
+                break;
             }
             room = after;
             self.disks.devices[device].queue.pop_front();
+            last = Some(id);
+        }
+        if let Some(last) = last {
+            self.refresh_before(last);
+        }
+    }
+
+    /// A block came to a device: those before it in its chain must not leave the device before it does.
+    fn refresh_before(&mut self, id: EntryId) {
+        let space = self.index[id].space;
+        let mut next = self.index[id].parent;
+        for _ in 0..MAX_ANCESTOR_WALK {
+            let Some(id) = next.and_then(|hash| self.index.find(space, &hash)) else { return };
+            let entry = &self.index[id];
+            if entry.disk.queued {
+                // It comes after this one, and sees to those before it itself.
+                return;
+            }
+            if let Some(place) = entry.place()
+                && entry.disk.ordered
+            {
+                let member = entry.member(id);
+                self.disks.device_of(place).policy.refresh(&mut self.disk_nodes, member);
+            }
+            next = self.index[id].parent;
         }
     }
 
@@ -244,7 +297,7 @@ impl Core {
         };
         self.pin(id);
         let entry = &mut self.index[id];
-        entry.disk.writing = true;
+        entry.disk.copying = if relocation { Copying::Relocating } else { Copying::First };
         entry.disk.queued = false;
         if !relocation {
             entry.set_place(Some(place));
@@ -254,7 +307,9 @@ impl Core {
         }
         let from_disk = matches!(source, Source::Disk(_));
         if relocation {
-            self.disks.devices[device].counters.relocated_bytes += u64::from(pages) * PAGE_BYTES;
+            let state = &mut self.disks.devices[device];
+            state.counters.relocated_bytes += u64::from(pages) * PAGE_BYTES;
+            state.moving_pages += u64::from(pages);
         }
         let going = Going::Write { entry: reference, to: place, pages, relocation, from_disk };
         let to = self.disks.outside(place);
@@ -409,7 +464,11 @@ impl Core {
         // Pinned by the move: it is still the same entry.
         let id = reference.id;
         let lost = self.disks.devices[device].state == DeviceState::Lost;
-        self.index[id].disk.writing = false;
+        let copied = std::mem::take(&mut self.index[id].disk.copying);
+        let leaves = copied.leaves();
+        if relocation {
+            self.disks.devices[device].moving_pages -= u64::from(pages);
+        }
         let resident = self.index[id].state == EntryState::Resident;
         if ended == Ended::Done && !lost {
             let state = &mut self.disks.devices[device];
@@ -421,6 +480,10 @@ impl Core {
                     self.disks.segments[from.segment as usize].wait_sync = wait_sync;
                 }
                 self.index[id].set_place(Some(to));
+                if !resident && !leaves {
+                    // The new copy of a block that must not come back: its old one is marked already.
+                    self.disks.devices[device].erases.push(to);
+                }
             } else {
                 state.counters.stored_blocks += 1;
                 state.counters.stored_bytes += u64::from(pages) * PAGE_BYTES;
@@ -442,6 +505,15 @@ impl Core {
         } else if self.index[id].place() == Some(to) {
             self.leave_device(id, Left::Removed);
             if resident && matches!(ended, Ended::Cancelled | Ended::NoRoom) {
+                self.enqueue_write(id);
+            }
+        }
+        if leaves {
+            self.disks.devices[device].leaving_pages -= u64::from(pages);
+            if self.index[id].state == EntryState::Resident {
+                self.leave_device(id, Left::Evicted);
+            }
+            if copied == Copying::Returning {
                 self.enqueue_write(id);
             }
         }

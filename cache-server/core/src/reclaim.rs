@@ -1,6 +1,6 @@
 //! Room on devices: which copies leave, and which segments are used again.
 
-use crate::disk::{Going, PAGE_BYTES, Place, SegmentState};
+use crate::disk::{Device, Going, PAGE_BYTES, Place, Segment, SegmentState};
 use crate::index::{EntryState, OnDisk};
 use crate::moves::{Move, Work};
 use crate::state::Core;
@@ -15,18 +15,26 @@ const LOW_SEGMENTS: usize = 3;
 /// Copies that leave in one plan, so that none takes long.
 const MAX_EVICTIONS: usize = 1024;
 
+impl Device {
+    /// Pages of a block on average, and pages of blocks that the device may hold: some segments are kept free, and each has a header, a
+    /// summary and a rest at its end that is too small.
+    pub(crate) fn room(&self, all: &[Segment]) -> (u64, u64) {
+        let per_block = (self.live_pages / self.live_blocks.max(1)).max(1);
+        let segments = self.usable_segments(all).saturating_sub(LOW_SEGMENTS) as u64;
+        let in_segment = u64::from(self.segment_pages()).saturating_sub(MIN_OVERHEAD_PAGES) / per_block;
+        (per_block, ((segments * in_segment * per_block) as f64 * self.config.fill) as u64)
+    }
+}
+
 impl Core {
     /// Lets copies leave until the device is as full as it may be.
     pub(crate) fn shrink_device(&mut self, now: Millis, device: usize, effects: &mut Effects) {
         let state = &mut self.disks.devices[device];
-        let per_block = (state.live_pages / state.live_blocks.max(1)).max(1);
-        // Some segments are kept free, and each has a header, a summary and a rest at its end that is too small.
-        let segments = state.usable_segments(&self.disks.segments).saturating_sub(LOW_SEGMENTS) as u64;
-        let in_segment = u64::from(state.segment_pages()).saturating_sub(MIN_OVERHEAD_PAGES) / per_block;
-        let target = ((segments * in_segment * per_block) as f64 * state.config.fill) as u64;
+        let (per_block, target) = state.room(&self.disks.segments);
         state.policy.resize((target / per_block) as usize);
         for _ in 0..MAX_EVICTIONS {
-            if self.disks.devices[device].live_pages <= target {
+            let state = &self.disks.devices[device];
+            if state.live_pages <= target + state.moving_pages + state.leaving_pages {
                 return;
             }
             let policy = &mut self.disks.devices[device].policy;
@@ -93,7 +101,7 @@ impl Core {
         for (page, reference) in self.disks.segments[segment as usize].records.clone() {
             let Some(id) = self.index.occupied_by(reference) else { continue };
             let entry = &self.index[id];
-            let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Resident;
+            let busy = entry.disk.loading || entry.disk.writing() || entry.state != EntryState::Resident;
             if entry.place() != Some(Place { segment, page }) || busy {
                 continue;
             }

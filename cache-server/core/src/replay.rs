@@ -183,12 +183,12 @@ pub struct TwoTiers {
 }
 
 impl TwoTiers {
-    /// Two empty tiers of so many blocks, both with one policy.
-    pub fn new(kind: SecondTier, policy: PolicyKind, capacities: [usize; 2], admit: u32) -> Self {
+    /// Two empty tiers of so many blocks, the first one first.
+    pub fn new(kind: SecondTier, policies: [PolicyKind; 2], capacities: [usize; 2], admit: u32) -> Self {
         Self {
             kind,
-            first: Replay::new(policy, capacities[0]),
-            second: Replay::new(policy, capacities[1]),
+            first: Replay::new(policies[0], capacities[0]),
+            second: Replay::new(policies[1], capacities[1]),
             admit,
             uses: HashMap::default(),
             evicted: Vec::new(),
@@ -197,11 +197,15 @@ impl TwoTiers {
         }
     }
 
+    /// Blocks of the longest prefix that is in either tier.
+    pub fn lookup(&self, chain: &[u64]) -> usize {
+        chain.iter().take_while(|key| self.first.contains(**key) || self.second.contains(**key)).count()
+    }
+
     /// Replays one request; returns the blocks that it hit in the first tier, and in both together.
     pub fn request(&mut self, chain: &[u64]) -> [usize; 2] {
         let first = self.first.lookup(chain);
-        let both = |key: &&u64| self.first.contains(**key) || self.second.contains(**key);
-        let hits = chain.iter().take_while(both).count();
+        let hits = self.lookup(chain);
         chain.iter().for_each(|key| *self.uses.entry(*key).or_default() += 1);
         let from_second: Vec<u64> =
             chain[..hits].iter().copied().filter(|key| !self.first.contains(*key)).collect();

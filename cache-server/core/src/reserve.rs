@@ -293,6 +293,7 @@ impl Core {
         entry.touched = entry.touched.max(now);
         if entry.ordered || entry.slot().is_none() {
             self.refresh(id);
+            self.offered_again(id);
             return;
         }
         entry.ordered = true;

@@ -77,6 +77,13 @@ impl Core {
         }
     }
 
+    /// A block was offered that is stored already: its copy on a device may have left before.
+    pub(crate) fn offered_again(&mut self, id: EntryId) {
+        if self.config.admission == Admission::Always || self.index[id].disk.reused {
+            self.enqueue_write(id);
+        }
+    }
+
     /// A block was found.
     pub(crate) fn used_again(&mut self, id: EntryId) {
         if self.disks.devices.is_empty() {

@@ -371,7 +371,7 @@ impl Core {
     /// Nobody reads the record of a block that left the index, unless a move is at it.
     pub(crate) fn drop_record_of_doomed(&mut self, id: EntryId) {
         let entry = &mut self.index[id];
-        let busy = entry.disk.loading || entry.disk.writing || entry.state != EntryState::Doomed;
+        let busy = entry.disk.loading || entry.disk.writing() || entry.state != EntryState::Doomed;
         let Some(place) = entry.place().filter(|_| !busy) else { return };
         entry.set_place(None);
         let pages = self.record_pages(self.index[id].space);

@@ -87,6 +87,7 @@ fn device_stats(engine: &Engine) -> Vec<pb::DeviceStats> {
             engine: attached.engine_name.clone(),
             capacity_bytes: usage.capacity_bytes,
             live_bytes: usage.live_bytes,
+            target_bytes: usage.target_bytes,
             live_blocks: usage.live_blocks,
             queued_blocks: usage.queued_blocks,
             free_segments: usage.free_segments,

@@ -195,7 +195,7 @@ fn wire_json(wire: &pb::WireStats) -> serde_json::Value {
 
 fn device_json(device: &pb::DeviceStats) -> serde_json::Value {
     json!({"path": device.path, "state": device.state, "engine": device.engine,
-        "capacity_bytes": device.capacity_bytes, "live_bytes": device.live_bytes, "live_blocks": device.live_blocks,
+        "capacity_bytes": device.capacity_bytes, "live_bytes": device.live_bytes, "target_bytes": device.target_bytes, "live_blocks": device.live_blocks,
         "queued_blocks": device.queued_blocks, "free_segments": device.free_segments,
         "stored_blocks": device.stored_blocks, "stored_bytes": device.stored_bytes,
         "relocated_bytes": device.relocated_bytes, "read_blocks": device.read_blocks,

@@ -8,6 +8,8 @@ mod completions;
 mod connect;
 mod demo;
 mod disk;
+mod doctor;
+mod fleet;
 mod inspect;
 mod model;
 mod serve;
@@ -48,7 +50,9 @@ enum Command {
     /// Look after directories of the NVMe tier.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
-    /// Measure what a cache would do.
+    /// Say what this machine has, what Cairn makes of it, and what would mend what is missing.
+    Doctor(doctor::DoctorArguments),
+    /// Measure what a cache would do, what this one does, and others beside it.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     /// Make a development authority and certificates for TLS.
@@ -64,7 +68,9 @@ const USAGE_ERROR: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    telemetry::start(&cli.telemetry);
+    // The servers that a bench starts are not news.
+    let usual = if matches!(cli.command, Command::Bench(_)) { "warn" } else { "info" };
+    telemetry::start(&cli.telemetry, usual);
     let result = match cli.command {
         Command::Demo(options) => demo::run(options),
         Command::Serve(options) => serve::run(options),
@@ -74,6 +80,7 @@ fn main() -> ExitCode {
         Command::Explain(options) => inspect::explain(options),
         Command::Stats(options) => inspect::stats(options),
         Command::Disk(command) => disk::run(command),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Bench(command) => bench::run(command),
         Command::Certs(arguments) => certs::certs(arguments),
         Command::Token(arguments) => certs::token(arguments),
@@ -123,4 +130,14 @@ fn block_on<T>(future: impl Future<Output = Result<T, CliError>>) -> Result<T, C
     // A blocking read of standard input, or a model still being loaded, must not hold the process up.
     runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn no_two_arguments_of_a_command_are_confused() {
+        super::Cli::command().debug_assert();
+    }
 }

@@ -64,7 +64,7 @@ pub(crate) fn run(command: ModelCommand) -> Result<(), CliError> {
 pub(crate) fn pull(options: &PullOptions, show_progress: bool) -> Result<PathBuf, CliError> {
     let folder = match &options.model_cache {
         Some(folder) => folder.clone(),
-        None => default_cache()?,
+        None => cache_folder()?,
     };
     let target = folder.join(FILE);
     if std::fs::metadata(&target).is_ok_and(|file| file.len() == SIZE_BYTES) {
@@ -90,10 +90,35 @@ pub(crate) fn pull(options: &PullOptions, show_progress: bool) -> Result<PathBuf
     Ok(target)
 }
 
-fn default_cache() -> Result<PathBuf, CliError> {
+/// Used when the real model cannot be had.
+const FALLBACK_MODEL: &str = "synthetic:1";
+
+/// The model that was named, else the usual one, else random weights of its shape.
+pub(crate) fn choose(
+    named: Option<&str>,
+    options: &PullOptions,
+    show_progress: bool,
+) -> Result<String, CliError> {
+    if let Some(model) = named {
+        return Ok(model.to_owned());
+    }
+    match pull(options, show_progress) {
+        Ok(path) => Ok(path.display().to_string()),
+        Err(error) => {
+            eprintln!("cairn: {error}");
+            eprintln!("cairn: going on with random weights of the same shape; answers will be gibberish");
+            Ok(FALLBACK_MODEL.into())
+        }
+    }
+}
+
+/// What may be fetched again lives here.
+pub(crate) fn cache_folder() -> Result<PathBuf, CliError> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
-    let base = base.ok_or_else(|| CliError::Usage("no home folder: name one with --model-cache".into()))?;
+    let base = base.ok_or_else(|| {
+        CliError::Usage("no home folder: set HOME or XDG_CACHE_HOME, or name a folder by option".into())
+    })?;
     Ok(base.join("cairn"))
 }
 

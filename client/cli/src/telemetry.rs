@@ -6,8 +6,9 @@ use tracing_subscriber::EnvFilter;
 #[derive(Args)]
 pub(crate) struct LogOptions {
     /// What to log: error, warn, info, debug or trace, or a filter such as cairn_server=debug.
-    #[arg(long, global = true, default_value = "info", env = "CAIRN_LOG", value_name = "FILTER")]
-    log: String,
+    /// [default: info; for benches warn]
+    #[arg(long, global = true, env = "CAIRN_LOG", value_name = "FILTER")]
+    log: Option<String>,
     /// How to log it.
     #[arg(long, global = true, default_value = "text", value_enum)]
     log_format: LogFormat,
@@ -22,10 +23,11 @@ enum LogFormat {
 }
 
 /// Logs go to standard error; standard output is for results.
-pub(crate) fn start(options: &LogOptions) {
-    let filter = EnvFilter::try_new(&options.log).unwrap_or_else(|error| {
-        eprintln!("cairn: --log {:?} is not a filter ({error}); logging info", options.log);
-        EnvFilter::new("info")
+pub(crate) fn start(options: &LogOptions, usual: &str) {
+    let log = options.log.as_deref().unwrap_or(usual);
+    let filter = EnvFilter::try_new(log).unwrap_or_else(|error| {
+        eprintln!("cairn: --log {log:?} is not a filter ({error}); logging {usual}");
+        EnvFilter::new(usual)
     });
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match options.log_format {

@@ -41,6 +41,9 @@ pub(crate) struct WorkerArguments {
     /// Forget attention state when its request ends, so that only the cache can bring it back: for measurements.
     #[arg(long)]
     no_local_reuse: bool,
+    /// Load cached attention state even where computing it seems faster: for measurements.
+    #[arg(long)]
+    always_load: bool,
     #[command(flatten)]
     supervision: Supervision,
 }
@@ -154,6 +157,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<(), CliError> {
         ..arguments.model.options()
     };
     options.engine.local_reuse = !arguments.no_local_reuse;
+    options.engine.always_load = arguments.always_load;
     let supervision = arguments.supervision;
     block_on(async move {
         let worker = tokio::select! {

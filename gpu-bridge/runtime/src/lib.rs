@@ -15,7 +15,7 @@ mod share;
 mod worker;
 
 pub use cairn_gpu::KvType;
-pub use cairn_kernels::WeightType;
+pub use cairn_kernels::{Isa, WeightType};
 pub use engine::{
     Engine, EngineError, EngineOptions, Finish, Request, SubmitError, Summary, Update, Updates, Work,
     pool_shape,

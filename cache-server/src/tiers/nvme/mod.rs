@@ -23,3 +23,4 @@ pub(crate) use recover::{Segment, read_segment};
 pub use store::Store;
 pub use survey::{Depth, SpaceSurvey, Survey, survey};
 pub(crate) use uring::Uring;
+pub use uring::io_uring_works;

@@ -41,20 +41,28 @@ struct Shared {
     ready_chunks: AtomicU64,
 }
 
+/// Whether the kernel lets this process use it, with all that the tier needs.
+///
+/// # Errors
+/// When the kernel refuses (too old, or forbidden).
+pub fn io_uring_works() -> io::Result<()> {
+    let ring = IoUring::builder().setup_single_issuer().build(DEPTH).or_else(|_| IoUring::new(DEPTH))?;
+    let mut probe = io_uring::Probe::new();
+    ring.submitter().register_probe(&mut probe)?;
+    let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE];
+    match needed.iter().all(|code| probe.is_supported(*code)) {
+        true => Ok(()),
+        false => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
 impl Uring {
     /// Starts the thread. It ends when the engine is dropped and all its requests are answered.
     ///
     /// # Errors
     /// When the kernel refuses (too old, or forbidden).
     pub(crate) fn start(arena: Arc<HostArena>) -> io::Result<Self> {
-        let ring = IoUring::builder().setup_single_issuer().build(DEPTH).or_else(|_| IoUring::new(DEPTH))?;
-        let mut probe = io_uring::Probe::new();
-        ring.submitter().register_probe(&mut probe)?;
-        let needed = [opcode::Read::CODE, opcode::Write::CODE, opcode::Fsync::CODE];
-        if !needed.iter().all(|code| probe.is_supported(*code)) {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        drop(ring);
+        io_uring_works()?;
         let (jobs, queue) = sync_channel(QUEUE);
         let shared = Arc::new(Shared {
             wake: eventfd(0, EventfdFlags::CLOEXEC)?,

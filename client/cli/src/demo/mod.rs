@@ -3,22 +3,19 @@
 //! computing what is missing (fill, the first prompt only), and from the cache (warm). With an NVMe tier, a fourth time after the
 //! server was killed and started again.
 
-mod process;
 mod prompts;
 mod report;
 mod requests;
-mod secure;
 
-use crate::model::{PullOptions, pull};
+use crate::fleet::{Process, Secure};
+use crate::model::{PullOptions, choose};
 use crate::{CliError, block_on, connect, inspect, signals};
 use cairn_client::{CacheClient, WireKind};
 use cairn_proto::pb;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use process::Process;
 use report::{Report, Row};
 use requests::{Answer, ask};
-use secure::Secure;
 use std::path::Path;
 use std::time::Duration;
 
@@ -52,9 +49,6 @@ pub(crate) struct DemoOptions {
     json: bool,
 }
 
-/// Used when the real model cannot be had.
-const FALLBACK_MODEL: &str = "synthetic:1";
-
 /// Tokens that each worker holds itself: several prompts of the demo's length.
 const POOL_TOKENS: &str = "32768";
 
@@ -67,7 +61,7 @@ const SETTLE_STEPS: u32 = 600;
 const SETTLE_STEP: Duration = Duration::from_millis(50);
 
 pub(crate) fn run(options: DemoOptions) -> Result<(), CliError> {
-    let model = choose_model(&options)?;
+    let model = choose(options.model.as_deref(), &options.pull, !options.json)?;
     let report = block_on(async {
         tokio::select! {
             report = demonstrate(&options, &model) => report,
@@ -83,20 +77,6 @@ pub(crate) fn run(options: DemoOptions) -> Result<(), CliError> {
         return Ok(());
     }
     Err(CliError::Failed("answers differ: this is a defect in Cairn, please report it".into()))
-}
-
-fn choose_model(options: &DemoOptions) -> Result<String, CliError> {
-    if let Some(model) = &options.model {
-        return Ok(model.clone());
-    }
-    match pull(&options.pull, !options.json) {
-        Ok(path) => Ok(path.display().to_string()),
-        Err(error) => {
-            eprintln!("cairn: {error}");
-            eprintln!("cairn: going on with random weights of the same shape; answers will be gibberish");
-            Ok(FALLBACK_MODEL.into())
-        }
-    }
 }
 
 /// The processes of the demo, in the order in which they end.
@@ -212,7 +192,7 @@ async fn demonstrate(options: &DemoOptions, model: &str) -> Result<Report, CliEr
     let progress = Progress::new(options.json);
     let folder = if options.nvme { Some(tempfile::tempdir().map_err(CliError::failed)?) } else { None };
     let nvme = folder.as_ref().map(tempfile::TempDir::path);
-    let secure = Secure::new(options)?;
+    let secure = Secure::new(options.wire)?;
     let mut fleet = Fleet::start(options, &secure, (model, nvme), &progress).await?;
     let prompts = prompts::prompts(options.shared_lines, options.requests);
     let url = fleet.decode.url();

@@ -1,6 +1,7 @@
 //! The engine: continuous batching of sequences over one paged pool, on a thread of its own. Callers submit requests and
 //! receive updates; the cache is reached through [`crate::share`], never from this thread.
 
+mod costs;
 mod run;
 mod sequence;
 
@@ -35,6 +36,8 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Keep the blocks of ended sequences for later ones while there is room.
     pub local_reuse: bool,
+    /// Load cached blocks even where computing them seems faster: for measurements.
+    pub always_load: bool,
 }
 
 impl Default for EngineOptions {
@@ -47,6 +50,7 @@ impl Default for EngineOptions {
             max_sequences: 32,
             max_waiting: 256,
             local_reuse: true,
+            always_load: false,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The engine's thread: admit, load, compute a pass, hand out tokens, publish what became complete.
 
+use super::costs::Costs;
 use super::{Command, EngineOptions, Finish, Sequence, Update, Work};
 use crate::forward::{Row, Scratch};
 use crate::model::Model;
@@ -8,16 +9,24 @@ use bytes::Bytes;
 use cairn_client::Block;
 use cairn_gpu::{
     BlockMove, BlockPool, Buffer, Device, DeviceError, HostDevice, HostMemory, HostPinned, HostStream,
-    PagedShape, Stream,
+    PagedShape, Slot, Stream,
 };
 use cairn_proto::{BlockHasher, Checksum, SpaceId};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// Blocks gathered and published in one batch: bounds the memory of one message between the engine and the publisher.
 const PUBLISH_BATCH: usize = 64;
+
+/// Tokens that are computed once at the start.
+const CALIBRATION_TOKENS: usize = 64;
+
+/// So many times, but no longer than this beyond the second.
+const CALIBRATION_PASSES: usize = 5;
+const CALIBRATION_TIME: Duration = Duration::from_millis(500);
 
 pub(super) struct Loop {
     model: Arc<Model>,
@@ -35,6 +44,7 @@ pub(super) struct Loop {
     loading: BTreeMap<u64, Sequence>,
     running: Vec<Sequence>,
     scratch: Scratch,
+    costs: Costs,
     next_id: u64,
     /// Set when a sequence had to give its slots up: nobody is admitted until another one ends, or the room would go
     /// back and forth for ever.
@@ -75,12 +85,14 @@ impl Loop {
             loading: BTreeMap::new(),
             running: Vec::new(),
             scratch: Scratch::default(),
+            costs: Costs::default(),
             next_id: 0,
             crowded: false,
         }
     }
 
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        self.calibrate();
         loop {
             while let Ok(command) = commands.try_recv() {
                 self.command(command);
@@ -94,6 +106,37 @@ impl Loop {
                 }
             }
         }
+    }
+
+    /// Computes some tokens of no request, to know what a token costs before the first choice between loading and computing.
+    fn calibrate(&mut self) {
+        if self.share.is_none() || self.options.always_load {
+            return;
+        }
+        let block_tokens = self.shape.block_tokens;
+        let wanted = CALIBRATION_TOKENS.min(self.options.chunk_tokens).min(self.model.config.max_positions);
+        let slots: Vec<Slot> = (0..wanted.div_ceil(block_tokens)).map_while(|_| self.blocks.take()).collect();
+        let tokens = wanted.min(slots.len() * block_tokens);
+        let began = Instant::now();
+        // The first time, memory is touched that was not before; others may be disturbed, so the best counts.
+        let mut best: Option<Duration> = None;
+        for pass in 0..CALIBRATION_PASSES {
+            let rows: Vec<Row> =
+                (0..tokens).map(|position| Row { token: 0, position, slots: &slots }).collect();
+            let pass_began = Instant::now();
+            let Self { model, shape, memory, scratch, .. } = self;
+            memory.write(|pool| model.forward(shape, pool, &rows, &[], scratch));
+            let took = pass_began.elapsed();
+            best = if pass == 0 { None } else { Some(best.map_or(took, |best| best.min(took))) };
+            if pass > 0 && began.elapsed() > CALIBRATION_TIME {
+                break;
+            }
+        }
+        if let Some(best) = best {
+            tracing::debug!(tokens, ms = 1e3 * best.as_secs_f64(), "calibrated");
+            self.costs.computed(tokens, best);
+        }
+        self.blocks.release(&slots);
     }
 
     fn command(&mut self, command: Command) {
@@ -156,6 +199,7 @@ impl Loop {
         sequence.shared = self.share.as_ref().map(|_| local);
         // A prefill must know what the cache has; a generation only if the pool lacks something.
         let ask = reusable > 0 && (local < reusable || sequence.work == Work::Prefill);
+        let ask = ask && !self.recomputes(&mut sequence, reusable - local);
         match (&self.share, self.loads.upgrade()) {
             (Some(share), Some(loads)) if ask => {
                 let id = self.next_id;
@@ -177,6 +221,22 @@ impl Loop {
         }
     }
 
+    /// Whether so many missing blocks are computed without asking the cache, because loading them seems slower.
+    fn recomputes(&mut self, sequence: &mut Sequence, missing: usize) -> bool {
+        if self.options.always_load || self.share.is_none() || sequence.work == Work::Prefill {
+            return false;
+        }
+        let bytes = (missing * self.shape.block_bytes()) as u64;
+        let Some(forecast) = self.costs.forecast(missing * self.shape.block_tokens, bytes) else {
+            return false;
+        };
+        let (load_ms, compute_ms) = (1e3 * forecast.load_s, 1e3 * forecast.compute_s);
+        tracing::debug!(load_ms, compute_ms, load = forecast.load, "cached blocks: load or compute");
+        sequence.summary.forecast_ms = Some([load_ms, compute_ms]);
+        sequence.summary.recomputed = !forecast.load;
+        !forecast.load
+    }
+
     /// Puts loaded blocks into the pool and lets the sequence run.
     fn loaded(&mut self, loaded: Loaded) {
         let Some(mut sequence) = self.loading.remove(&loaded.id) else {
@@ -188,6 +248,9 @@ impl Loop {
         sequence.summary.remote_prefill = loaded.delegated;
         sequence.summary.wire = loaded.wire;
         let count = loaded.blocks;
+        if count > 0 && !loaded.delegated {
+            self.costs.loaded((count * self.shape.block_bytes()) as u64, loaded.elapsed);
+        }
         if let Some(staging) = loaded.staging
             && let Err(error) = self.scatter(&mut sequence, staging, count)
         {
@@ -205,10 +268,8 @@ impl Loop {
         let first = sequence.named;
         let slots = &sequence.slots[first..first + count];
         let bytes = self.shape.block_bytes();
-        let place = |(i, slot): (usize, &cairn_gpu::Slot)| BlockMove {
-            staging_offset: i * bytes,
-            slot: slot.0 as usize,
-        };
+        let place =
+            |(i, slot): (usize, &Slot)| BlockMove { staging_offset: i * bytes, slot: slot.0 as usize };
         let moves = slots.iter().enumerate().map(place).collect();
         let staging = Buffer::Pinned(HostDevice.share(staging));
         self.stream.scatter(self.shape, &staging, &self.memory, moves)?;
@@ -228,7 +289,9 @@ impl Loop {
     fn step(&mut self) -> bool {
         let mut running = std::mem::take(&mut self.running);
         let parts = self.plan(&mut running);
+        let began = Instant::now();
         let logits = self.compute(&running, &parts);
+        self.took(&running, &parts, began.elapsed());
         let width = self.model.config.vocabulary;
         let mut logits = logits.chunks_exact(width);
         for part in &parts {
@@ -286,6 +349,17 @@ impl Loop {
             }
         }
         wanted.min(sequence.slots.len() * block_tokens - sequence.computed)
+    }
+
+    /// Remembers what a pass took, if it was about prompts.
+    fn took(&mut self, running: &[Sequence], parts: &[Part], time: Duration) {
+        let of_prompt = |part: &&Part| running[part.sequence].computed < running[part.sequence].prompt;
+        let tokens: usize = parts.iter().filter(of_prompt).map(|part| part.count).sum();
+        let others: usize = parts.iter().map(|part| part.count).sum::<usize>() - tokens;
+        // Beside answers in progress a prompt pays for them too: a pass with few of them is a fair measure.
+        if others * 4 <= tokens {
+            self.costs.computed(tokens, time);
+        }
     }
 
     /// Runs the model; logits of the last row of each part that ends, in order.

@@ -48,6 +48,11 @@ pub struct Summary {
     pub wire: Option<WireKind>,
     /// Time to look it up and bring it here, a remote prefill included.
     pub load_ms: f64,
+    /// What loading and computing the cacheable part of the prompt were expected to take, in ms, where that was known; and whether nothing was loaded
+    /// because of it.
+    pub forecast_ms: Option<[f64; 2]>,
+    /// See `forecast_ms`.
+    pub recomputed: bool,
     /// Whether another worker computed a part of it for this request.
     pub remote_prefill: bool,
     /// From submission to the first token.

@@ -172,6 +172,9 @@ fn add_usage(body: &mut Value, summary: &Summary) {
         "load_ms": summary.load_ms,
         "first_token_ms": summary.first_token_ms,
         "remote_prefill": summary.remote_prefill,
+        "recomputed": summary.recomputed,
+        "forecast_load_ms": summary.forecast_ms.map(|[load, _]| load),
+        "forecast_compute_ms": summary.forecast_ms.map(|[_, compute]| compute),
     });
 }
 

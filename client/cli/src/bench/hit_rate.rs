@@ -1,33 +1,25 @@
-//! `cairn bench`: what a cache would do on given traffic. The work is in `cairn-harness`; here are arguments, progress and tables.
+//! `cairn bench hit-rate` and `cairn bench workload`.
 
+use super::not_negative;
 use crate::signals::termination;
 use crate::{CliError, block_on};
+use cairn_core::PolicyKind;
 use cairn_core::replay::SecondTier;
-use cairn_harness::diff;
+use cairn_harness::arrivals;
 use cairn_harness::hit_rate::{self, Below, Capacity, Contender, Outcome, Plan};
 use cairn_harness::report::{Made, Report};
 use cairn_harness::trace::Trace;
 use cairn_harness::workload::{Workload, generate};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-#[derive(Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Replay traces through every eviction policy and the optimum, at many sizes.
-    HitRate(Box<HitRateArguments>),
-    /// Make a trace to replay, for those who have none.
-    Workload(WorkloadArguments),
-    /// Compare two reports.
-    Diff(DiffArguments),
-}
-
 #[derive(Args)]
-pub(crate) struct HitRateArguments {
-    /// A trace: JSON lines, plain or gzipped, with input_length and hash_ids or runs. May be given more than once.
+pub(super) struct TraceArguments {
+    /// A trace, plain or gzipped: JSON lines with input_length and hash_ids or runs, or batches of vLLM's KV-cache events. May be given more than once.
     #[arg(long, value_name = "FILE", required_unless_present = "workload")]
     trace: Vec<PathBuf>,
     /// Made-up traffic instead: chat, rag, agent or shared-prompt.
@@ -39,6 +31,18 @@ pub(crate) struct HitRateArguments {
     /// Which made-up traffic of its kind.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Let requests arrive at the times in the first column of this CSV file (Azure's traces, say); later ones are left out.
+    #[arg(long, value_name = "FILE")]
+    arrivals: Option<PathBuf>,
+    /// Tokens of a block [default: told from the lengths].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    block_tokens: Option<u64>,
+}
+
+#[derive(Args)]
+pub(crate) struct HitRateArguments {
+    #[command(flatten)]
+    traces: TraceArguments,
     /// Policies, separated by commas: cairn, lru, fifo, lfu, s3fifo, sieve, arc, wtinylfu, opt; or all.
     #[arg(long, value_delimiter = ',', default_value = "all")]
     policies: Vec<String>,
@@ -48,9 +52,6 @@ pub(crate) struct HitRateArguments {
     /// So many sizes from a thousandth of the different blocks to all of them, instead.
     #[arg(long, value_name = "POINTS", value_parser = clap::value_parser!(u32).range(2..=200), conflicts_with = "capacity")]
     sweep: Option<u32>,
-    /// Tokens of a block [default: told from the lengths].
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
-    block_tokens: Option<u64>,
     /// Bytes that one token's state takes, for sizes in bytes and the life of a drive.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1 << 32), conflicts_with = "geometry")]
     token_bytes: Option<u64>,
@@ -66,6 +67,9 @@ pub(crate) struct HitRateArguments {
     /// What the second tier does.
     #[arg(long, value_enum, default_value_t = Tier::WriteThrough, requires = "nvme")]
     second: Tier,
+    /// What leaves it [default: as in the first tier].
+    #[arg(long, value_name = "POLICY", requires = "nvme")]
+    nvme_policy: Option<PolicyKind>,
     /// Blocks are written to it from this use on.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..), requires = "nvme")]
     admit: u32,
@@ -107,17 +111,6 @@ pub(crate) struct WorkloadArguments {
     out: PathBuf,
 }
 
-#[derive(Args)]
-pub(crate) struct DiffArguments {
-    /// A report, or the folder with it.
-    before: PathBuf,
-    /// Another.
-    after: PathBuf,
-    /// Points of token hit rate (of a hundred) that count as a change. Replays are exact: 0 shows everything.
-    #[arg(long, default_value_t = 0.05, value_parser = not_negative)]
-    bound: f64,
-}
-
 fn geometry(text: &str) -> Result<u64, String> {
     let wrong = || {
         format!(
@@ -134,22 +127,9 @@ fn geometry(text: &str) -> Result<u64, String> {
     }
 }
 
-fn not_negative(text: &str) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
-    number.ok_or_else(|| format!("{text:?} must be a number, not below 0"))
-}
-
 fn warm_up(text: &str) -> Result<f64, String> {
     let share = text.parse().ok().filter(|share| (0.0..1.0).contains(share));
     share.ok_or_else(|| format!("{text:?} is no share of the requests: give a number from 0 to below 1"))
-}
-
-pub(crate) fn run(command: BenchCommand) -> Result<(), CliError> {
-    match command {
-        BenchCommand::HitRate(arguments) => hit_rates(&arguments),
-        BenchCommand::Workload(arguments) => workload(&arguments),
-        BenchCommand::Diff(arguments) => compare(&arguments),
-    }
 }
 
 impl HitRateArguments {
@@ -172,7 +152,8 @@ impl HitRateArguments {
             Tier::Lazy => SecondTier::Lazy,
             Tier::WriteThrough => SecondTier::WriteThrough,
         };
-        let below = self.nvme.map(|capacity| Below { kind, capacity, admit: self.admit });
+        let below =
+            self.nvme.map(|capacity| Below { kind, capacity, admit: self.admit, policy: self.nvme_policy });
         if below.is_some() && contenders.iter().all(|one| *one == Contender::Optimum) {
             return Err(CliError::Usage("the optimum is for one tier: name another policy".into()));
         }
@@ -185,12 +166,19 @@ impl HitRateArguments {
             endurance_bytes: Some(self.endurance_tb * 1e12),
         })
     }
+}
 
-    fn traces(&self) -> Result<Vec<Trace>, CliError> {
+impl TraceArguments {
+    /// Reads or makes them.
+    pub(super) fn read(&self) -> Result<Vec<Trace>, CliError> {
         let read =
             self.trace.iter().map(|path| Trace::read(path, self.block_tokens).map_err(CliError::failed));
         let made = self.workload.iter().map(|kind| Ok(generate(kind, self.requests as usize, self.seed)));
         let mut traces = read.chain(made).collect::<Result<Vec<Trace>, CliError>>()?;
+        if let Some(path) = &self.arrivals {
+            let times = arrivals::read(path).map_err(CliError::failed)?;
+            traces.iter_mut().for_each(|trace| *trace = trace.arriving(&times));
+        }
         // Files of one name in two folders.
         for i in 1..traces.len() {
             let name = traces[i].name.clone();
@@ -203,7 +191,7 @@ impl HitRateArguments {
     }
 }
 
-fn hit_rates(arguments: &HitRateArguments) -> Result<(), CliError> {
+pub(super) fn hit_rates(arguments: &HitRateArguments) -> Result<(), CliError> {
     let plan = arguments.plan()?;
     let stop = Arc::new(AtomicBool::new(false));
     if let Some(folder) = &arguments.report {
@@ -212,7 +200,7 @@ fn hit_rates(arguments: &HitRateArguments) -> Result<(), CliError> {
             .map_err(|error| CliError::Failed(format!("{}: {error}", folder.display())))?;
     }
     let mut outcomes = Vec::new();
-    for trace in arguments.traces()? {
+    for trace in arguments.traces.read()? {
         outcomes.push(replay(trace, plan.clone(), &stop)?);
         if stop.load(Ordering::Relaxed) {
             break;
@@ -326,7 +314,7 @@ fn print(outcome: &Outcome) {
     println!("{table}\n");
 }
 
-fn workload(arguments: &WorkloadArguments) -> Result<(), CliError> {
+pub(super) fn workload(arguments: &WorkloadArguments) -> Result<(), CliError> {
     let trace = generate(&arguments.kind, arguments.requests as usize, arguments.seed);
     trace.write(&arguments.out).map_err(CliError::failed)?;
     println!(
@@ -338,31 +326,4 @@ fn workload(arguments: &WorkloadArguments) -> Result<(), CliError> {
         trace.unique()
     );
     Ok(())
-}
-
-fn compare(arguments: &DiffArguments) -> Result<(), CliError> {
-    let read = |path: &PathBuf| Report::read(path).map_err(CliError::failed);
-    let (changes, alone) = diff::compare(&read(&arguments.before)?, &read(&arguments.after)?);
-    if changes.is_empty() {
-        return Err(CliError::Failed("the reports have no replay in common".into()));
-    }
-    let shown = changes.iter().filter(|change| change.points().abs() > arguments.bound);
-    let mut worse = 0;
-    for change in shown {
-        let points = change.points();
-        worse += usize::from(points < 0.0);
-        println!(
-            "{:+.2} points  {}  {:.2} % -> {:.2} %",
-            points,
-            change.what,
-            100.0 * change.before,
-            100.0 * change.after
-        );
-    }
-    println!(
-        "{} replays in both, {alone} in one only; {worse} worse by more than {} points",
-        changes.len(),
-        arguments.bound
-    );
-    if worse > 0 { Err(CliError::Failed("hit rates became worse".into())) } else { Ok(()) }
 }

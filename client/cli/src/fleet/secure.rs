@@ -1,6 +1,5 @@
-//! The demo runs as a deployment should: TLS everywhere, and a token. Certificates and token live in a folder that goes with the demo.
+//! Servers and workers run as a deployment should: TLS everywhere, and a token. Certificates and token live in a folder that goes with them.
 
-use super::DemoOptions;
 use crate::CliError;
 use crate::certs::new_token;
 use crate::connect::ConnectArguments;
@@ -11,14 +10,14 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 use tempfile::TempDir;
 
-/// Longer than any demo.
+/// Longer than any of it.
 const VALID: Duration = Duration::from_secs(86_400);
 
-pub(super) struct Secure {
+pub(crate) struct Secure {
     /// Of the server.
-    pub(super) config: String,
+    pub(crate) config: String,
     /// Of everybody who connects to it.
-    pub(super) arguments: Vec<String>,
+    pub(crate) arguments: Vec<String>,
     /// Removed at the end.
     _folder: TempDir,
 }
@@ -31,7 +30,8 @@ struct Connect {
 }
 
 impl Secure {
-    pub(super) fn new(options: &DemoOptions) -> Result<Self, CliError> {
+    /// With one wire only, or the best.
+    pub(crate) fn new(wire: Option<WireKind>) -> Result<Self, CliError> {
         let folder = tempfile::tempdir().map_err(CliError::failed)?;
         let path = |name: &str| folder.path().join(name).display().to_string();
         let hosts = vec!["127.0.0.1".into()];
@@ -40,7 +40,7 @@ impl Secure {
         let token = path("token");
         new_token(token.as_ref())?;
         let config = path("cairn.toml");
-        let rdma = match options.wire {
+        let rdma = match wire {
             Some(WireKind::Rdma) => format!("rdma_listen = \"{}:0\"\n", rdma_address()?),
             _ => String::new(),
         };
@@ -53,15 +53,15 @@ impl Secure {
         std::fs::write(&config, text).map_err(CliError::failed)?;
         let mut arguments =
             vec!["--ca".to_owned(), certs.ca.display().to_string(), "--token-file".into(), token];
-        if let Some(wire) = options.wire {
+        if let Some(wire) = wire {
             arguments.extend(["--wire".into(), wire.to_string()]);
         }
         Ok(Self { config, arguments, _folder: folder })
     }
 
-    /// For the demo's own questions to the server.
-    pub(super) fn connect(&self) -> Result<ConnectArguments, CliError> {
-        let arguments = std::iter::once("demo").chain(self.arguments.iter().map(String::as_str));
+    /// For questions of one's own to the server.
+    pub(crate) fn connect(&self) -> Result<ConnectArguments, CliError> {
+        let arguments = std::iter::once("cairn").chain(self.arguments.iter().map(String::as_str));
         Connect::try_parse_from(arguments).map(|connect| connect.arguments).map_err(CliError::failed)
     }
 }

@@ -1,4 +1,4 @@
-//! A process that ends with the demo, however the demo ends: by request, by Ctrl-C, or by being killed (the process
+//! A process that ends with this one, however this one ends: by request, by Ctrl-C, or by being killed (the process
 //! notices that its standard input closed).
 
 use crate::CliError;
@@ -13,7 +13,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// After this long a process that was asked to end is killed.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub(super) struct Process {
+pub(crate) struct Process {
     name: &'static str,
     child: Child,
     address: String,
@@ -22,7 +22,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts this same program with other arguments and waits until it listens.
-    pub(super) async fn start(name: &'static str, arguments: &[&str]) -> Result<Self, CliError> {
+    pub(crate) async fn start(name: &'static str, arguments: &[&str]) -> Result<Self, CliError> {
         let program = std::env::current_exe().map_err(CliError::failed)?;
         let mut child = Command::new(program)
             .args(["--log", "warn"])
@@ -46,35 +46,35 @@ impl Process {
         Ok(Self { name, child, address, scheme: "http" })
     }
 
-    pub(super) fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.name
     }
 
     /// It speaks TLS.
-    pub(super) fn with_tls(self) -> Self {
+    pub(crate) fn with_tls(self) -> Self {
         Self { scheme: "https", ..self }
     }
 
-    pub(super) fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("{}://{}", self.scheme, self.address)
     }
 
-    pub(super) fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// SIGKILL: no farewell.
-    pub(super) async fn kill(&mut self) {
+    pub(crate) async fn kill(&mut self) {
         // Already ended is fine.
         let _ = self.child.kill().await;
     }
 
-    pub(super) fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.child.id().unwrap_or_default()
     }
 
     /// Asks it to end, and sees to it.
-    pub(super) async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         drop(self.child.stdin.take());
         if tokio::time::timeout(STOP_TIMEOUT, self.child.wait()).await.is_err() {
             eprintln!("cairn: the {} did not end by itself and is killed", self.name);
