@@ -119,7 +119,10 @@ impl Worker {
         let model = Arc::new(model.map_err(|error| WorkerError::Options(error.to_string()))??);
         let space = key_space(&model, &options)?;
         let share = share(&options, &space).await?;
-        let engine = Engine::start(model.clone(), options.engine.clone(), share)?;
+        let (of_engine, engine_options) = (model.clone(), options.engine.clone());
+        let engine =
+            tokio::task::spawn_blocking(move || Engine::start(of_engine, engine_options, share)).await;
+        let engine = engine.map_err(|error| WorkerError::Options(error.to_string()))??;
         let stop = CancellationToken::new();
         let name = options.model_name.clone().unwrap_or_else(|| model.config.name.clone());
         let router = routes(engine, &options, &space, name);

@@ -240,7 +240,10 @@ fn replay(trace: Trace, plan: Plan, stop: &Arc<AtomicBool>) -> Result<Outcome, C
             heard = termination() => {
                 heard?;
                 stop.store(true, Ordering::Relaxed);
-                work.await
+                tokio::select! {
+                    done = &mut work => done,
+                    heard = termination() => return heard.and(Err(CliError::Interrupted)),
+                }
             }
         };
         bar.finish_and_clear();
@@ -315,6 +318,10 @@ fn print(outcome: &Outcome) {
 }
 
 pub(super) fn workload(arguments: &WorkloadArguments) -> Result<(), CliError> {
+    if arguments.out.exists() {
+        let out = arguments.out.display();
+        return Err(CliError::Usage(format!("{out} exists already: remove it, or name another file")));
+    }
     let trace = generate(&arguments.kind, arguments.requests as usize, arguments.seed);
     trace.write(&arguments.out).map_err(CliError::failed)?;
     println!(

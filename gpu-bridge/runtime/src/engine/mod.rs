@@ -140,7 +140,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Takes the pool's memory and starts the thread.
+    /// Takes the pool's memory, measures what a token costs where that matters (up to a second), and starts the thread.
     ///
     /// # Errors
     /// When a setting cannot work or memory cannot be had.
@@ -157,7 +157,8 @@ impl Engine {
         let limit = model.config.max_positions.min(shape.slots * shape.block_tokens);
         let places = options.max_sequences + options.max_waiting;
         let loads = commands.downgrade();
-        let state = run::Loop::new(model.clone(), options, shape, (memory, stream), share, loads);
+        let mut state = run::Loop::new(model.clone(), options, shape, (memory, stream), share, loads);
+        state.calibrate();
         std::thread::Builder::new().name("cairn-engine".into()).spawn(move || state.run(receiver))?;
         Ok(Self { commands, waiting: Arc::new(tokio::sync::Semaphore::new(places)), model, limit })
     }

@@ -92,7 +92,6 @@ impl Loop {
     }
 
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
-        self.calibrate();
         loop {
             while let Ok(command) = commands.try_recv() {
                 self.command(command);
@@ -109,7 +108,7 @@ impl Loop {
     }
 
     /// Computes some tokens of no request, to know what a token costs before the first choice between loading and computing.
-    fn calibrate(&mut self) {
+    pub(super) fn calibrate(&mut self) {
         if self.share.is_none() || self.options.always_load {
             return;
         }
