@@ -70,12 +70,15 @@ def holder(master, size, batch, ready, done):
     store.close()
 
 
-def reader(mode, master, size, batch, seconds, results):
+def reader(mode, master, size, batch, seconds, start, results):
     os.environ["MC_STORE_MEMCPY"] = "1" if mode == "local" else "0"
     own = size * batch + (512 << 20) if mode == "local" else 0
     store = open_store(master, own, max(64 << 20, 2 * size * batch))
     if mode == "local":
         fill(store, size, batch)
+    ready, go = start
+    ready.release()
+    go.wait()
     results.put(read(store, size, batch, seconds))
     store.close()
 
@@ -97,11 +100,16 @@ def run(mode, size, batch, clients, seconds):
             other.start()
             if not ready.wait(30):
                 raise RuntimeError("the segment's process did not come up")
-        arguments = (mode, master, size, batch, seconds, results)
+        start = (context.Semaphore(0), context.Event())
+        arguments = (mode, master, size, batch, seconds, start, results)
         readers = [context.Process(target=reader, args=arguments) for _ in range(clients)]
         for process in readers:
             process.start()
-        times = [results.get(timeout=60) for _ in readers]
+        for _ in readers:
+            if not start[0].acquire(timeout=60):
+                raise RuntimeError("a reader did not start")
+        start[1].set()
+        times = [results.get(timeout=60 + seconds) for _ in readers]
         for process in readers:
             process.join(30)
     finally:

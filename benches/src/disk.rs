@@ -59,6 +59,10 @@ pub async fn run(options: &Options, watch: &dyn Watch) -> Result<(Vec<Section>, 
          final flush. raw: a bare io_uring loop with registered buffers over one preallocated file.",
         options.rounds, options.megabytes
     ));
+    if options.foyer.is_some() {
+        let note = "foyer writes to new files in every round and makes its values meanwhile: compare reads, not writes.";
+        section.notes.push(note.into());
+    }
     watch.begin(options.blocks_kib.len() * options.depths.len() + 1);
     let mut read = Vec::new();
     for block_kib in options.blocks_kib.iter().copied() {
@@ -137,7 +141,7 @@ impl Bench {
         round.raw_read = clock.stop();
         drop((store, disk));
         if let Some(foyer) = foyer {
-            round.foyer = Some(self.foyer(foyer, seed)?);
+            round.foyer = Some(self.foyer(foyer, seed).await?);
         }
         Ok(round)
     }
@@ -187,14 +191,17 @@ impl Bench {
     }
 
     /// Another process, built by itself: see `contenders/foyer`.
-    fn foyer(&self, program: &Path, seed: u64) -> Result<[Rate; 2], BenchError> {
+    async fn foyer(&self, program: &Path, seed: u64) -> Result<[Rate; 2], BenchError> {
         let folder = self.folder.join("foyer");
         std::fs::create_dir_all(&folder).or_fail("a folder")?;
         let numbers = [self.block_bytes, u64::from(self.blocks), self.depth as u64, seed];
-        let output = std::process::Command::new(program)
+        let output = tokio::process::Command::new(program)
             .arg(&folder)
             .args(numbers.map(|number| number.to_string()))
+            .process_group(0)
+            .kill_on_drop(true)
             .output()
+            .await
             .or_fail(&program.display().to_string())?;
         std::fs::remove_dir_all(&folder).or_fail("foyer's folder")?;
         let text = String::from_utf8_lossy(&output.stdout);

@@ -43,7 +43,11 @@ impl RawDisk {
             .map(|buffer| libc::iovec { iov_base: buffer.cast(), iov_len: block_bytes })
             .collect();
         // SAFETY: the ranges are allocations of that size, which live as long as the ring.
-        unsafe { ring.submitter().register_buffers(&ranges)? };
+        unsafe { ring.submitter().register_buffers(&ranges) }.map_err(|error| {
+            io::Error::other(format!(
+                "buffers cannot be registered ({error}); is the limit on locked memory, ulimit -l, too low?"
+            ))
+        })?;
         Ok(Self { ring, file, buffers, layout })
     }
 
@@ -56,8 +60,10 @@ impl RawDisk {
         let mut free: Vec<usize> = (0..self.buffers.len()).collect();
         let mut next = order.iter();
         let mut going = 0;
+        let mut failed = None;
         loop {
-            while let Some(buffer) = free.last().copied()
+            while failed.is_none()
+                && let Some(buffer) = free.last().copied()
                 && let Some(block) = next.next()
             {
                 free.pop();
@@ -75,12 +81,13 @@ impl RawDisk {
                 going += 1;
             }
             if going == 0 {
-                return Ok(());
+                return failed.map_or(Ok(()), Err);
             }
             self.ring.submit_and_wait(1)?;
             for done in self.ring.completion() {
                 if done.result() != bytes as i32 {
-                    return Err(io::Error::other(format!("a request ended with {}", done.result())));
+                    // The others use their buffers still: they are waited for.
+                    failed = Some(io::Error::other(format!("a request ended with {}", done.result())));
                 }
                 free.push(done.user_data() as usize);
                 going -= 1;

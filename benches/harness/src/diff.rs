@@ -103,7 +103,12 @@ fn cells<'a>(
             what: format!("{}: {}: {}", section.name, section.key(row), column.name),
             before,
             after,
-            better: if before == 0.0 { 0.0 } else { sign * (after - before) / before.abs() },
+            // Beyond nothing, anything counts in full.
+            better: match before == 0.0 {
+                true if after == before => 0.0,
+                true => sign * (after - before).signum(),
+                false => sign * (after - before) / before.abs(),
+            },
             beyond_noise: low_after > high || high_after < low,
         })
     })

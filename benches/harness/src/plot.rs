@@ -157,10 +157,7 @@ fn lines(plot: &Lines) -> Drawn {
 
 fn bars(plot: &Bars) -> Drawn {
     let count = plot.bars.len();
-    let ends = plot.bars.iter().map(|bar| bar.parts.iter().sum::<f64>().max(bar.limit.unwrap_or(0.0)));
-    // A legend of several parts needs a place of its own.
-    let most = ends.fold(0.0, f64::max) * if plot.parts.len() > 1 { 1.35 } else { 1.1 };
-    let most = if most > 0.0 { most } else { 1.0 };
+    let most = room(plot);
     let longest = plot.bars.iter().map(|bar| bar.name.chars().count()).max().unwrap_or(0) as u32;
     let mut svg = String::new();
     {
@@ -225,6 +222,14 @@ fn bars(plot: &Bars) -> Drawn {
         area.present()?;
     }
     Ok(svg)
+}
+
+/// How far the axis goes.
+fn room(plot: &Bars) -> f64 {
+    let ends = plot.bars.iter().map(|bar| bar.parts.iter().sum::<f64>().max(bar.limit.unwrap_or(0.0)));
+    let most = ends.fold(0.0, f64::max);
+    // A legend of several parts needs a place of its own.
+    if most > 0.0 { most * if plot.parts.len() > 1 { 1.35 } else { 1.1 } } else { 1.0 }
 }
 
 /// Three digits, more or less.

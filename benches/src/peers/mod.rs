@@ -8,6 +8,7 @@ pub(crate) use redis::Redis;
 pub use setup::{Kind, setup};
 
 use crate::{BenchError, OrFail};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -44,7 +45,8 @@ pub struct Server(Child);
 
 impl Server {
     fn start(mut command: Command, program: &Path) -> Result<Self, BenchError> {
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // Ctrl-C at the terminal is not for it.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
         Ok(Self(command.spawn().or_fail(&program.display().to_string())?))
     }
 }
@@ -96,7 +98,7 @@ pub async fn find(folder: &Path, wanted: &[Kind]) -> Result<Found, BenchError> {
 }
 
 /// Runs the script of a kind with its Python: blocks of `bytes`, `batch` at a time, by so many clients.
-pub(crate) fn run_script(
+pub(crate) async fn run_script(
     kind: Kind,
     python: &Path,
     (bytes, batch, clients): (usize, usize, usize),
@@ -105,8 +107,9 @@ pub(crate) fn run_script(
     let script = tempfile::Builder::new().suffix(".py").tempfile().or_fail("a temporary file")?;
     std::fs::write(script.path(), kind.script()).or_fail("a temporary file")?;
     let numbers = [bytes.to_string(), batch.to_string(), clients.to_string(), seconds.to_string()];
-    let output = Command::new(python).arg(script.path()).args(numbers).stdin(Stdio::null()).output();
-    let output = output.or_fail(&python.display().to_string())?;
+    let mut command = tokio::process::Command::new(python);
+    command.arg(script.path()).args(numbers).stdin(Stdio::null()).process_group(0).kill_on_drop(true);
+    let output = command.output().await.or_fail(&python.display().to_string())?;
     let text = String::from_utf8_lossy(&output.stdout);
     let modes: Vec<Mode> = text.lines().filter_map(mode).collect();
     if modes.is_empty() {
@@ -143,7 +146,7 @@ mod tests {
         assert!(found.peers.is_empty() && found.foyer.is_none());
         assert!(found.skipped[0].contains("peers setup mooncake"), "{:?}", found.skipped);
         let python = Path::new("/no/such/python");
-        let error = run_script(Kind::Mooncake, python, (1, 1, 1), 0.1).err().unwrap();
+        let error = run_script(Kind::Mooncake, python, (1, 1, 1), 0.1).await.err().unwrap();
         assert!(error.to_string().contains("/no/such/python"));
     }
 }

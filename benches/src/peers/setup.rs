@@ -18,6 +18,9 @@ pub enum Kind {
     Foyer,
 }
 
+/// Written last into a virtual environment.
+const COMPLETE: &str = "cairn-complete";
+
 /// Debian's packages of Redis, and of what it needs that is not on every machine.
 const REDIS_PACKAGES: [&str; 6] =
     ["redis-server", "redis-tools", "libjemalloc2", "liblzf1", "liblua5.1-0", "lua-cjson"];
@@ -73,7 +76,12 @@ pub(super) fn program(folder: &Path, kind: Kind) -> Option<PathBuf> {
         Kind::Mooncake | Kind::LmCache => own.join("bin/python"),
         Kind::Foyer => own.join("target/release/contender-foyer"),
     };
-    if inside.exists() {
+    let complete = match kind {
+        Kind::Mooncake | Kind::LmCache => own.join(COMPLETE).exists(),
+        // Moved into place once they are whole.
+        Kind::Redis | Kind::Foyer => true,
+    };
+    if complete && inside.exists() {
         return Some(inside);
     }
     let installed = ["valkey-server", "redis-server"];
@@ -138,8 +146,9 @@ fn python(own: &Path, package: &str) -> Result<(), BenchError> {
         .and_then(|()| quietly(Command::new(own.join("bin/pip")).args(["install", package]), "pip install"));
     if made.is_err() {
         let _ = std::fs::remove_dir_all(own);
+        return made;
     }
-    made
+    std::fs::write(own.join(COMPLETE), package).or_fail("a mark of completion")
 }
 
 fn foyer(staged: &Path) -> Result<(), BenchError> {

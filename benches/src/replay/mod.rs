@@ -20,6 +20,9 @@ use tokio::runtime::Handle;
 
 /// Blocks of one fetch or publish.
 const BATCH: usize = 512;
+/// How often a worker that waits for its time looks whether it should end.
+const GLANCE: Duration = Duration::from_millis(200);
+
 /// Longest wait until everything is on the device.
 const DRAIN: Duration = Duration::from_secs(60);
 /// How requests follow each other.
@@ -215,8 +218,14 @@ async fn worker(work: Arc<Work>, client: CacheClient) -> Result<Vec<(usize, Went
         let mut late_s = 0.0;
         if let Pace::Timestamps(speed) = work.options.pace {
             let due = (request.timestamp_ms - first).max(0) as f64 / 1e3 / speed;
-            let due = work.started + Duration::from_secs_f64(due);
-            tokio::time::sleep_until(due.into()).await;
+            let due = Duration::try_from_secs_f64(due).or_fail("a pace at which the trace ends")?;
+            let due = work.started.checked_add(due).or_fail("a pace at which the trace ends")?;
+            while Instant::now() < due && !work.stop.load(Ordering::Relaxed) {
+                tokio::time::sleep_until(due.min(Instant::now() + GLANCE).into()).await;
+            }
+            if work.stop.load(Ordering::Relaxed) {
+                break;
+            }
             late_s = due.elapsed().as_secs_f64();
         }
         let mut one = replay(&work, &client, request, &mut memory).await?;

@@ -88,7 +88,8 @@ impl Endpoint {
         let mut received = Vec::new();
         let mut stream = response.bytes_stream();
         while let Some(bytes) = tokio::time::timeout(SILENCE, stream.next()).await.or_fail(&self.url)? {
-            received.extend(bytes.or_fail(&self.url)?);
+            // Lines may end in two characters.
+            received.extend(bytes.or_fail(&self.url)?.iter().copied().filter(|byte| *byte != b'\r'));
             while let Some(end) = received.windows(2).position(|two| two == b"\n\n") {
                 let event: Vec<u8> = received.drain(..end + 2).collect();
                 let text = String::from_utf8_lossy(&event);

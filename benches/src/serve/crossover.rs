@@ -33,6 +33,8 @@ pub struct Options {
     pub repeats: usize,
     /// Which prompts.
     pub seed: u64,
+    /// Of a block.
+    pub block_tokens: u64,
 }
 
 /// What was found on one link.
@@ -53,6 +55,8 @@ struct Times {
     loaded: Vec<f64>,
     chosen: Vec<f64>,
     recomputed: usize,
+    /// Prompts that did not come from the cache as a whole.
+    missing: usize,
     /// Of loading and of computing, as the worker saw them.
     forecasts: [Vec<f64>; 2],
 }
@@ -99,7 +103,12 @@ pub async fn run<F: Future<Output = Result<(), BenchError>>>(
             watch.step(name);
             times.tokens = computed.prompt_tokens;
             times.computed.push(computed.ttft_ms);
-            times.loaded.push(loaded.ttft_ms);
+            // Whole blocks but the last token; what was evicted or late was computed, and says nothing.
+            let whole = (loaded.prompt_tokens - 1) / options.block_tokens * options.block_tokens;
+            match loaded.cached_tokens >= whole {
+                true => times.loaded.push(loaded.ttft_ms),
+                false => times.missing += 1,
+            }
             times.chosen.push(chosen.ttft_ms);
             times.recomputed += usize::from(chosen.recomputed);
             if let Some([load, compute]) = chosen.forecast_ms {
@@ -135,6 +144,9 @@ fn found(name: &str, all: &[Times]) -> Crossover {
         let (computed, loaded) = (median(&times.computed), median(&times.loaded));
         let loads = times.chosen.len() - times.recomputed;
         // A length at which loading loses is below the crossover, whatever shorter ones did.
+        if times.loaded.is_empty() {
+            continue;
+        }
         tokens = if loaded < computed { tokens.or(Some(times.tokens)) } else { None };
         choices[0] += times.chosen.len();
         choices[1] += if loaded > CLOSE * computed { loads } else { 0 };
@@ -160,6 +172,7 @@ fn found(name: &str, all: &[Times]) -> Crossover {
         "Of {} choices, {} cost over {CLOSE} times what the other would have.",
         choices[0], choices[1]
     ));
+    section.notes.extend(left_out(all));
     let line = |name: &str, value: fn(&Times) -> &Vec<f64>, strong: bool| Line {
         name: name.into(),
         points: all.iter().map(|times| (times.tokens as f64, median(value(times)))).collect(),
@@ -181,6 +194,12 @@ fn found(name: &str, all: &[Times]) -> Crossover {
     Crossover { section, tokens, choices }
 }
 
+fn left_out(all: &[Times]) -> Option<String> {
+    let missing: usize = all.iter().map(|times| times.missing).sum();
+    let note = "prompts did not come from the cache as a whole (evicted, or later than the worker waits) and are left out.";
+    (missing > 0).then(|| format!("{missing} {note}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,6 +213,7 @@ mod tests {
             chosen: vec![computed.min(loaded); 3],
             recomputed,
             forecasts: Default::default(),
+            missing: 0,
         };
         let found = |all: &[Times]| super::found("here", all);
         let all = [times(16, 1.0, 2.0, 3), times(32, 2.0, 2.1, 0), times(64, 4.0, 2.2, 1)];

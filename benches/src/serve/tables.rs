@@ -60,7 +60,10 @@ fn totals(kind: &str, passes: &[Pass], slo: Slo) -> Section {
         let gaps: Vec<f64> = answers().flat_map(|answer| answer.gaps_ms.iter().copied()).collect();
         let ttft = times(pass);
         let met = answers().filter(|answer| slo.met(answer)).count();
-        let tokens: f64 = answers().map(|answer| 1.0 + answer.gaps_ms.len() as f64).sum();
+        // An event may carry several tokens; the endpoint's own count is better, where there is one.
+        let tokens: f64 = answers()
+            .map(|answer| (answer.answer_tokens as f64).max(1.0 + answer.gaps_ms.len() as f64))
+            .sum();
         let count = pass.turns.len() as f64;
         section.rows.push(vec![
             Cell::text(&pass.name),

@@ -56,6 +56,19 @@ pub(super) fn run(arguments: &ReplayArguments) -> Result<(), CliError> {
         "0" => None,
         size => Some(size.parse::<Capacity>().map_err(CliError::Usage)?),
     };
+    let in_bytes =
+        [Some(arguments.capacity), nvme].into_iter().flatten().any(|size| matches!(size, Capacity::Bytes(_)));
+    if in_bytes {
+        return Err(CliError::Usage(
+            "give sizes as a share of the different blocks (5%) or in blocks (2000), not in bytes".into(),
+        ));
+    }
+    if arguments.block_kib % 2 == 1 {
+        let odd = arguments.block_kib;
+        return Err(CliError::Usage(format!(
+            "a block of {odd} KiB cannot be made here: give an even number"
+        )));
+    }
     let folder = arguments.dir.clone().unwrap_or_else(std::env::temp_dir);
     let mut sections = Vec::new();
     let (mut complete, mut apart) = (true, Vec::new());

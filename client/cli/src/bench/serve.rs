@@ -70,9 +70,9 @@ pub(crate) struct ServeArguments {
     /// Memory of the cache server, in MiB.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(64..))]
     capacity_mib: u64,
-    /// Which of its kind.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    /// Which of its kind [default: 1; for an endpoint that was there before, another each time, so that cold is cold].
+    #[arg(long)]
+    seed: Option<u64>,
     #[command(flatten)]
     output: OutputArguments,
 }
@@ -84,12 +84,20 @@ const SETTLE_STEP: Duration = Duration::from_millis(50);
 /// The totals must stand still so many times.
 const SETTLED: u32 = 4;
 
+/// Of the workers' blocks, as they are by default.
+const BLOCK_TOKENS: u64 = 16;
+
 /// Tokens that a worker holds itself.
 const POOL_TOKENS: &str = "32768";
 
 pub(super) fn run(arguments: &ServeArguments) -> Result<(), CliError> {
     arguments.output.prepare()?;
     let ((sections, complete, differ), _) = match &arguments.url {
+        Some(url) if url.starts_with("https:") => {
+            return Err(CliError::Usage(
+                "--url speaks plain HTTP: give an http:// address, of a proxy say".into(),
+            ));
+        }
         Some(url) => {
             let key = arguments.key_file.as_ref().map(std::fs::read_to_string).transpose();
             let endpoint = Endpoint {
@@ -124,7 +132,13 @@ impl ServeArguments {
 
     fn sessions(&self, kind: Kind) -> Vec<Session> {
         let (sessions, turns, words) = (self.sessions as usize, self.turns as usize, self.words as usize);
-        traffic(kind, Shape { sessions, turns, words, seed: self.seed })
+        traffic(kind, Shape { sessions, turns, words, seed: self.seed() })
+    }
+
+    fn seed(&self) -> u64 {
+        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let other = || if self.url.is_some() { now().map_or(1, |since| since.as_secs()) } else { 1 };
+        self.seed.unwrap_or_else(other)
     }
 
     fn slo(&self) -> Slo {
@@ -145,6 +159,8 @@ async fn foreign(
         endpoint.model = Some(endpoint.first_model().await?);
     }
     seen.begin(arguments.requests(2));
+    // Once, so that both passes send the same.
+    let seed = arguments.seed();
     let (mut sections, mut complete) = (Vec::new(), true);
     for kind in arguments.traffic.iter().copied() {
         let sessions = arguments.sessions(kind);
@@ -153,7 +169,13 @@ async fn foreign(
             passes.push(pass(name, &endpoint, (&sessions, arguments.load(true)), &**seen).await?);
         }
         complete &= passes.iter().all(|pass| pass.complete);
-        sections.extend(tables(kind.name(), &passes, arguments.slo()));
+        let mut tables = tables(kind.name(), &passes, arguments.slo());
+        if let Some(totals) = tables.first_mut() {
+            totals
+                .notes
+                .push(format!("cold: these prompts for the first time (--seed {seed}). warm: again."));
+        }
+        sections.extend(tables);
     }
     Ok((sections, complete, false))
 }
@@ -251,6 +273,7 @@ impl<'a> Fleet<'a> {
         seen: &Arc<Seen>,
     ) -> Result<Section, BenchError> {
         let arguments = self.arguments;
+        let seed = arguments.seed();
         let target = self.server.address().parse().or_fail("the server's address")?;
         let relay = match link {
             Some(megabits) => Some(Link::start(target, megabits).await?),
@@ -262,7 +285,8 @@ impl<'a> Fleet<'a> {
         let options = crossover::Options {
             words: arguments.crossover_words.iter().map(|words| *words as usize).collect(),
             repeats: arguments.crossover_repeats as usize,
-            seed: arguments.seed + u64::from(link.unwrap_or(0)) + 1000,
+            seed: seed + u64::from(link.unwrap_or(0)) + 1000,
+            block_tokens: BLOCK_TOKENS,
         };
         let name = link.map_or("best wire".into(), |megabits| format!("{megabits} Mbit/s"));
         let found = crossover::run(&name, &workers, &options, || self.settled(), &**seen).await?;

@@ -34,7 +34,7 @@ pub(super) struct SizeArguments {
     #[arg(long, value_delimiter = ',', default_value = "1,4", value_parser = clap::value_parser!(u32).range(1..=64))]
     clients: Vec<u32>,
     /// Length of one round of one of them.
-    #[arg(long, default_value_t = 0.25, value_parser = positive)]
+    #[arg(long, default_value_t = 0.25, value_parser = seconds)]
     seconds: f64,
     /// Rounds of each, interleaved.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -42,6 +42,18 @@ pub(super) struct SizeArguments {
     /// The largest packets of QUIC, in bytes.
     #[arg(long, value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..=i64::from(MAX_MTU)))]
     mtu: Option<u16>,
+}
+
+/// Longest round: leases do not last for ever.
+const MAX_SECONDS: f64 = 60.0;
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let number = positive(text)?;
+    if number <= MAX_SECONDS {
+        Ok(number)
+    } else {
+        Err(format!("a round takes at most {MAX_SECONDS} seconds"))
+    }
 }
 
 impl SizeArguments {

@@ -99,7 +99,10 @@ impl Machine {
         };
         let gib = |name: &str| kib(name) as f64 * 1024.0 / GIB;
         let here = format!("{:.1} GiB, {:.1} available", gib("MemTotal"), gib("MemAvailable"));
-        let means = format!("host.capacity_mib up to about {}", kib("MemAvailable") / 1024 * 3 / 4);
+        // A container may have less.
+        let group = self.read("sys/fs/cgroup/memory.max").and_then(|text| text.parse::<u64>().ok());
+        let usable = kib("MemAvailable").min(group.map_or(u64::MAX, |bytes| bytes / 1024));
+        let means = format!("host.capacity_mib up to about {}", usable / 1024 * 3 / 4);
         Finding::new("memory", here, Verdict::Good, means)
     }
 
@@ -190,9 +193,17 @@ impl Machine {
     }
 
     fn socket_buffers(&self) -> Finding {
-        let limit =
-            |name: &str| self.read(&format!("proc/sys/net/core/{name}")).and_then(|text| text.parse().ok());
-        let least: u64 = ["rmem_max", "wmem_max"].into_iter().filter_map(limit).min().unwrap_or(0);
+        let limit = |name: &str| {
+            self.read(&format!("proc/sys/net/core/{name}")).and_then(|text| text.parse::<u64>().ok())
+        };
+        let Some(least) = ["rmem_max", "wmem_max"].into_iter().filter_map(limit).min() else {
+            return Finding::new(
+                "UDP buffers",
+                "unknown",
+                Verdict::Absent,
+                "the limits cannot be read here (a container?)",
+            );
+        };
         let here = format!("at most {} KiB", least >> 10);
         if least >= SOCKET_BUFFER_BYTES {
             return Finding::new("UDP buffers", here, Verdict::Good, "QUIC gets what it asks for");

@@ -30,6 +30,8 @@ impl Process {
             .arg("--supervised")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // Ctrl-C at the terminal is for this process, which ends the others in its own time.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| CliError::Failed(format!("cannot start the {name}: {error}")))?;
