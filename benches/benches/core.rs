@@ -1,7 +1,9 @@
 //! The core's decisions: looking chains up, publishing, evicting. The limit beside them is what the same number of
-//! dependent-free random reads costs in memory of the index's size. Hashing of tokens is measured too.
+//! dependent-free random reads costs in memory of the index's size. Hashing of tokens is measured too, and moving blocks between a paged pool
+//! and canonical order, beside a memcpy.
 
 use cairn_core::*;
+use cairn_kernels::{KvType, PagedShape, gather_block, scatter_block};
 use cairn_proto::*;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
@@ -164,5 +166,41 @@ fn identity(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, lookups, publishes, identity);
+/// Blocks of an 8B-class model: 2 MiB each.
+fn paging(criterion: &mut Criterion) {
+    const SLOTS: usize = 64;
+    let shape = PagedShape {
+        layers: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        block_tokens: 16,
+        slots: SLOTS,
+        kv_type: KvType::Bf16,
+    };
+    let bytes = shape.block_bytes();
+    let mut pool = vec![3u8; shape.pool_bytes()];
+    let mut block = vec![0u8; bytes];
+    let mut slot = 0;
+    let mut next = move || {
+        slot = (slot + 37) % SLOTS;
+        slot
+    };
+    let mut group = criterion.benchmark_group("paged pool");
+    group.throughput(Throughput::Bytes(bytes as u64));
+    group.bench_function("gather of 2 MiB", |bencher| {
+        bencher.iter(|| gather_block(&shape, black_box(&pool), next(), black_box(&mut block)));
+    });
+    group.bench_function("scatter of 2 MiB", |bencher| {
+        bencher.iter(|| scatter_block(&shape, black_box(&block), black_box(&mut pool), next()));
+    });
+    group.bench_function("limit: memcpy of 2 MiB", |bencher| {
+        bencher.iter(|| {
+            let from = next() * bytes;
+            black_box(&mut block).copy_from_slice(black_box(&pool[from..from + bytes]));
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, lookups, publishes, identity, paging);
 criterion_main!(benches);
