@@ -31,6 +31,9 @@ pub enum DeviceError {
         /// Bytes of the target.
         to: usize,
     },
+    /// A call that the device or its driver refused; what was there before is as it was.
+    #[error("{0}")]
+    Failed(String),
     /// The device or its stream is gone; everything on it is lost.
     #[error("the device is lost: {0}")]
     Lost(String),

@@ -1,6 +1,7 @@
 //! The completion of a point in a stream, as a value: poll it, block on it or await it.
 
 use crate::DeviceError;
+use std::any::Any;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,6 +13,8 @@ type Outcome = Result<(), DeviceError>;
 struct State {
     outcome: Option<Outcome>,
     wakers: Vec<Waker>,
+    /// The same point as the device knows it.
+    native: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// Clones name the same point.
@@ -33,6 +36,16 @@ impl Event {
         };
         self.0.1.notify_all();
         wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Says what the point is called on the device, so that its streams can wait for it there.
+    pub(crate) fn attach(&self, native: Arc<dyn Any + Send + Sync>) {
+        self.state().native = Some(native);
+    }
+
+    /// What the point is called on a device of this kind.
+    pub(crate) fn attached<T: Any + Send + Sync>(&self) -> Option<Arc<T>> {
+        self.state().native.clone()?.downcast().ok()
     }
 
     /// The outcome, if it is known.

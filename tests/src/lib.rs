@@ -4,7 +4,9 @@
 
 mod checkpoints;
 pub mod devices;
+pub mod emulator;
 pub mod fuzz;
+pub mod gpu;
 pub mod traces;
 pub mod wires;
 

@@ -11,6 +11,7 @@ mod disk;
 mod doctor;
 mod fleet;
 mod inspect;
+mod kernels;
 mod model;
 mod serve;
 mod signals;
@@ -47,6 +48,9 @@ enum Command {
     Explain(inspect::PromptOptions),
     /// Show a server's totals.
     Stats(inspect::StatsOptions),
+    /// Compile the CUDA kernels ahead of time, or check them.
+    #[command(subcommand)]
+    Kernels(kernels::KernelsCommand),
     /// Look after directories of the NVMe tier.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Command::Lookup(options) => inspect::lookup(options),
         Command::Explain(options) => inspect::explain(options),
         Command::Stats(options) => inspect::stats(options),
+        Command::Kernels(command) => kernels::run(command),
         Command::Disk(command) => disk::run(command),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Bench(command) => bench::run(command),

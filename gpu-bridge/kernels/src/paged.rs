@@ -33,7 +33,7 @@ impl KvType {
 }
 
 /// Shape of a pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PagedShape {
     /// Transformer layers.
     pub layers: usize,

@@ -1,0 +1,251 @@
+//! What one pass computes, checked on the host and uploaded in one copy: tokens, positions, the slots of sequences, and how attention
+//! cuts the rows into tiles.
+
+use super::memory::CudaMemory;
+use super::stream::CudaStream;
+use crate::{Buffer, Copy, Device, DeviceError, Region, Slot, Stream};
+use cairn_kernels::cuda::{HeadShape, SPLIT_KEYS, Tile};
+use std::ops::Range;
+
+/// Limits that the indices of a batch are checked against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+    /// Longest sequence.
+    pub positions: usize,
+    /// Slots of the pool.
+    pub slots: usize,
+}
+
+/// One token to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchRow<'a> {
+    /// Its id.
+    pub token: u32,
+    /// Its place in its sequence.
+    pub position: usize,
+    /// The slots of its sequence, at least up to its position. Rows that follow each other with the same slice and rising positions are
+    /// computed together.
+    pub slots: &'a [Slot],
+}
+
+/// A checked batch, still on the host.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    shape: HeadShape,
+    limits: BatchLimits,
+    rows: usize,
+    /// All arrays of the batch as one, each from a multiple of sixteen bytes on.
+    words: Vec<u32>,
+    tokens: Range<usize>,
+    positions: Range<usize>,
+    starts: Range<usize>,
+    tables: Range<usize>,
+    chosen: Range<usize>,
+    prefill: Range<usize>,
+    decode: Range<usize>,
+    /// Splits of the longest context of a row that is alone in its tile.
+    splits: usize,
+}
+
+const TILE_WORDS: usize = size_of::<Tile>() / 4;
+
+impl Plan {
+    /// Checks rows, and the rows whose logits are wanted.
+    ///
+    /// # Errors
+    /// When an index is out of range.
+    pub fn new(
+        shape: HeadShape,
+        limits: BatchLimits,
+        rows: &[BatchRow<'_>],
+        chosen: &[usize],
+    ) -> Result<Self, DeviceError> {
+        shape.check().map_err(DeviceError::Failed)?;
+        let wrong = |text: String| Err(DeviceError::Failed(text));
+        if let Some(row) = chosen.iter().find(|row| **row >= rows.len()) {
+            return wrong(format!("row {row} of {}", rows.len()));
+        }
+        for row in rows {
+            if row.token as usize >= limits.vocabulary || row.position >= limits.positions {
+                return wrong(format!("token {} at position {} is out of range", row.token, row.position));
+            }
+            if row.position / shape.block_tokens >= row.slots.len() {
+                return wrong(format!("position {} is beyond the slots of its sequence", row.position));
+            }
+            if let Some(slot) = row.slots.iter().find(|slot| slot.0 as usize >= limits.slots) {
+                return wrong(format!("slot {} of {}", slot.0, limits.slots));
+            }
+        }
+        let mut words = Vec::new();
+        let mut section = |values: &mut dyn Iterator<Item = u32>| {
+            let start = words.len();
+            words.extend(values);
+            let range = start..words.len();
+            words.resize(words.len().next_multiple_of(4), 0);
+            range
+        };
+        let (mut tables, mut starts, mut tiles) = (Vec::new(), Vec::new(), Vec::new());
+        for sequence in sequences(rows) {
+            let first = &rows[sequence.start];
+            let start = tables.len() as u32;
+            tables.extend(first.slots.iter().map(|slot| slot.0));
+            starts.resize(sequence.end, start);
+            for first_row in sequence.clone().step_by(shape.tile_rows()) {
+                let count = shape.tile_rows().min(sequence.end - first_row);
+                let first_position = rows[first_row].position as u32;
+                tiles.push(Tile { first_row: first_row as u32, rows: count as u32, start, first_position });
+            }
+        }
+        // A row alone has too little work for one warp a head: its context is spread.
+        let (alone, together): (Vec<Tile>, Vec<Tile>) = tiles.into_iter().partition(|tile| tile.rows == 1);
+        let longest = alone.iter().map(|tile| tile.first_position as usize + 1).max().unwrap_or(0);
+        let flat = |tiles: &[Tile]| bytemuck::cast_slice::<Tile, u32>(tiles).to_vec();
+        Ok(Self {
+            shape,
+            limits,
+            rows: rows.len(),
+            tokens: section(&mut rows.iter().map(|row| row.token)),
+            positions: section(&mut rows.iter().map(|row| row.position as u32)),
+            starts: section(&mut starts.into_iter()),
+            tables: section(&mut tables.into_iter()),
+            chosen: section(&mut chosen.iter().map(|row| *row as u32)),
+            prefill: section(&mut flat(&together).into_iter()),
+            decode: section(&mut flat(&alone).into_iter()),
+            words,
+            splits: longest.div_ceil(SPLIT_KEYS),
+        })
+    }
+
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows whose logits are wanted.
+    pub fn chosen(&self) -> usize {
+        self.chosen.len()
+    }
+}
+
+/// Runs of rows at rising positions of the same slice of slots.
+fn sequences(rows: &[BatchRow<'_>]) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut start = 0;
+    for end in 1..=rows.len() {
+        let same = |a: &BatchRow<'_>, b: &BatchRow<'_>| {
+            std::ptr::eq(a.slots.as_ptr(), b.slots.as_ptr()) && a.position + 1 == b.position
+        };
+        if end == rows.len() || !same(&rows[end - 1], &rows[end]) {
+            found.push(start..end);
+            start = end;
+        }
+    }
+    found
+}
+
+/// A batch on the device.
+pub struct Batch {
+    plan: Plan,
+    memory: CudaMemory,
+}
+
+/// Tiles of one kind.
+pub(super) struct Tiles {
+    pub(super) address: u64,
+    pub(super) count: u32,
+}
+
+impl Batch {
+    /// Uploads a plan.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn upload(stream: &CudaStream, plan: Plan) -> Result<Self, DeviceError> {
+        let bytes: &[u8] = bytemuck::cast_slice(&plan.words);
+        let memory = CudaMemory::allocate(stream.device().context(), bytes.len())?;
+        stream.upload(bytes, &memory, 0)?;
+        Ok(Self { plan, memory })
+    }
+
+    /// Another plan at the same addresses, for launches that were captured: of the same number of rows, and with no more splits. The
+    /// plan's words are in `pinned`, which the copy reads when it runs.
+    ///
+    /// # Errors
+    /// When the plan has another shape.
+    pub(super) fn refill(
+        &mut self,
+        stream: &CudaStream,
+        plan: Plan,
+        capacity_words: usize,
+    ) -> Result<(), DeviceError> {
+        if plan.words.len() > capacity_words {
+            return Err(DeviceError::SizeMismatch { from: plan.words.len(), to: capacity_words });
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(&plan.words);
+        let mut pinned = stream.device().allocate_pinned(bytes.len())?;
+        pinned.as_mut().copy_from_slice(bytes);
+        let source =
+            Region { buffer: Buffer::Pinned(stream.device().share(pinned)), offset: 0, bytes: bytes.len() };
+        let target = Region { buffer: Buffer::Device(self.memory.clone()), offset: 0, bytes: bytes.len() };
+        stream.copy(vec![Copy { source, target }])?;
+        self.plan = plan;
+        Ok(())
+    }
+
+    /// What was checked.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(super) fn memory(&self) -> &CudaMemory {
+        &self.memory
+    }
+
+    fn at(&self, words: &Range<usize>) -> u64 {
+        self.memory.address() + 4 * words.start as u64
+    }
+
+    pub(super) fn tokens(&self) -> u64 {
+        self.at(&self.plan.tokens)
+    }
+
+    pub(super) fn positions(&self) -> u64 {
+        self.at(&self.plan.positions)
+    }
+
+    pub(super) fn starts(&self) -> u64 {
+        self.at(&self.plan.starts)
+    }
+
+    pub(super) fn tables(&self) -> u64 {
+        self.at(&self.plan.tables)
+    }
+
+    pub(super) fn chosen(&self) -> u64 {
+        self.at(&self.plan.chosen)
+    }
+
+    pub(super) fn prefill(&self) -> Tiles {
+        Tiles { address: self.at(&self.plan.prefill), count: (self.plan.prefill.len() / TILE_WORDS) as u32 }
+    }
+
+    pub(super) fn decode(&self) -> Tiles {
+        Tiles { address: self.at(&self.plan.decode), count: (self.plan.decode.len() / TILE_WORDS) as u32 }
+    }
+}
+
+impl Plan {
+    pub(super) fn splits(&self) -> usize {
+        self.splits
+    }
+
+    pub(super) fn shape(&self) -> &HeadShape {
+        &self.shape
+    }
+
+    pub(super) fn limits(&self) -> &BatchLimits {
+        &self.limits
+    }
+}

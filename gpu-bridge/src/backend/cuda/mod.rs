@@ -1,0 +1,156 @@
+//! A device of CUDA: memory, streams, events, copies and kernels of an NVIDIA card, loaded at run time.
+//!
+//! All that is unsafe about CUDA is in this folder. What keeps it sound: every address that reaches the driver comes from a handle that
+//! was checked to hold what is done there; whatever work names is kept until an event behind that work has completed; the parameter of a
+//! kernel has the size that the kernel was compiled for; indices that a kernel follows (slots, tokens, positions) are checked on
+//! the host before they are uploaded. Device memory is never a Rust reference.
+
+mod batch;
+mod context;
+mod kernels;
+mod memory;
+mod programs;
+mod stream;
+
+pub use batch::{Batch, BatchLimits, BatchRow, Plan};
+pub use context::{Absence, CudaInfo, probe};
+pub use kernels::{HeadExtras, KernelSpec, ModelKernels, Partials, PoolLayer};
+pub use memory::{CudaMemory, CudaPinned, CudaShared, IpcHandle, Part};
+pub use programs::{
+    Compiled, KernelFolders, MoveKernels, Usage, compile, compile_ahead, nvrtc_version, usage,
+};
+pub use stream::{CudaStream, Stopwatch};
+
+use crate::{Device, DeviceError, PagedShape, Priority};
+use cairn_kernels::cuda::WireType;
+use context::Context;
+use programs::Programs;
+use std::sync::Arc;
+
+/// A device; clones share it.
+#[derive(Clone)]
+pub struct CudaDevice {
+    context: Arc<Context>,
+    programs: Arc<Programs>,
+}
+
+impl CudaDevice {
+    /// Opens a device of [`probe`]'s list.
+    ///
+    /// # Errors
+    /// When there is none of that number, or it cannot be used.
+    pub fn open(ordinal: usize, folders: KernelFolders) -> Result<Self, DeviceError> {
+        Ok(Self { context: Context::open(ordinal)?, programs: Arc::new(Programs::new(folders)) })
+    }
+
+    /// What is known of it.
+    pub fn info(&self) -> &CudaInfo {
+        &self.context.info
+    }
+
+    /// Free and all bytes of its memory.
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn memory(&self) -> Result<(usize, usize), DeviceError> {
+        self.context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: two numbers are written.
+        context::check("cuMemGetInfo", unsafe {
+            cudarc::driver::sys::cuMemGetInfo_v2(&mut free, &mut total)
+        })?;
+        Ok((free, total))
+    }
+
+    /// Lets this device read and write another's memory directly.
+    ///
+    /// # Errors
+    /// When the hardware does not, see [`CudaInfo::peers`].
+    pub fn reach(&self, other: &Self) -> Result<(), DeviceError> {
+        self.context.reach(&other.context)
+    }
+
+    /// Device memory that another process shares, see [`CudaMemory::share`].
+    ///
+    /// # Errors
+    /// When the handle is of this process, or of none that lives.
+    pub fn open_shared(&self, handle: IpcHandle, bytes: usize) -> Result<CudaMemory, DeviceError> {
+        CudaMemory::open_shared(&self.context, handle, bytes)
+    }
+
+    /// Registers memory of this process that something else owns, a cache server's chunk for example, so that copies go there and back without
+    /// the CPU. `read_only`: the mapping cannot be written.
+    ///
+    /// # Safety
+    /// `memory` must be mapped, in whole pages, as long as `owner` lives, and be neither unmapped nor given other pages meanwhile. Nothing
+    /// may hold a Rust reference to bytes that copies write.
+    ///
+    /// # Errors
+    /// When it is not whole pages, already registered, or the driver cannot pin it.
+    pub unsafe fn register(
+        &self,
+        memory: *const u8,
+        bytes: usize,
+        read_only: bool,
+        owner: Box<dyn Send + Sync>,
+    ) -> Result<CudaShared, DeviceError> {
+        // SAFETY: as the caller says.
+        unsafe { CudaShared::register(&self.context, memory, bytes, read_only, owner) }
+    }
+
+    /// The kernels that move blocks of a pool's own format.
+    ///
+    /// # Errors
+    /// When they cannot be compiled or loaded.
+    pub fn move_kernels(&self, shape: PagedShape) -> Result<Arc<MoveKernels>, DeviceError> {
+        self.cast_kernels(shape, WireType::Kv(shape.kv_type))
+    }
+
+    /// The kernels that move blocks of another format, with a cast on the way.
+    ///
+    /// # Errors
+    /// When they cannot be compiled or loaded.
+    pub fn cast_kernels(&self, shape: PagedShape, wire: WireType) -> Result<Arc<MoveKernels>, DeviceError> {
+        self.programs.moves(&self.context, shape, wire)
+    }
+
+    fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+}
+
+impl Device for CudaDevice {
+    type Memory = CudaMemory;
+    type PinnedBuffer = CudaPinned;
+    type Pinned = CudaShared;
+    type Stream = CudaStream;
+
+    fn name(&self) -> String {
+        format!("cuda:{} ({})", self.info().ordinal, self.info().name)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<CudaMemory, DeviceError> {
+        let memory = CudaMemory::allocate(&self.context, bytes)?;
+        if bytes > 0 {
+            // SAFETY: so many bytes were just allocated and nobody else knows them.
+            unsafe { self.context.clear(memory.address(), bytes)? };
+        }
+        Ok(memory)
+    }
+
+    fn allocate_pinned(&self, bytes: usize) -> Result<CudaPinned, DeviceError> {
+        CudaPinned::allocate(&self.context, bytes)
+    }
+
+    fn share(&self, buffer: CudaPinned) -> CudaShared {
+        CudaShared::new(buffer)
+    }
+
+    fn reclaim(&self, pinned: CudaShared) -> Result<CudaPinned, CudaShared> {
+        pinned.reclaim()
+    }
+
+    fn stream(&self, priority: Priority) -> Result<CudaStream, DeviceError> {
+        CudaStream::new(self.clone(), priority)
+    }
+}

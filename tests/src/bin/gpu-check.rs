@@ -1,0 +1,74 @@
+//! Checks this host's CUDA device, or the emulator where that is loaded instead. Ends with 0 when all holds, 3 when there is no device.
+
+use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
+use cairn_gpu::conformance;
+use cairn_tests::gpu::Bench;
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// There is no device.
+const ABSENT: u8 = 3;
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Check {
+    /// What the host is found to have.
+    Probe,
+    /// What every device must do.
+    Conformance,
+    /// Every kernel against its reference.
+    Kernels,
+}
+
+#[derive(Parser)]
+struct Options {
+    /// What to check; all if none is named.
+    checks: Vec<Check>,
+    /// Which device.
+    #[arg(long, default_value_t = 0)]
+    device: usize,
+    /// Of random inputs.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Random cases of each kernel.
+    #[arg(long, default_value_t = 24)]
+    cases: usize,
+    /// Folder that keeps compiled kernels.
+    #[arg(long)]
+    kernel_cache: Option<PathBuf>,
+    /// Folder of kernels that were compiled ahead of time.
+    #[arg(long)]
+    kernels: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let devices = match probe() {
+        Ok(devices) => devices,
+        Err(absence) => {
+            println!("no CUDA: {absence}");
+            return ExitCode::from(ABSENT);
+        }
+    };
+    for device in devices {
+        println!("{device:?}");
+    }
+    let wants = |check| options.checks.is_empty() || options.checks.contains(&check);
+    let folders = KernelFolders { cache: options.kernel_cache.clone(), ahead: options.kernels.clone() };
+    let device = match CudaDevice::open(options.device, folders) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("device {} cannot be used: {error}", options.device);
+            return ExitCode::FAILURE;
+        }
+    };
+    if wants(Check::Conformance) {
+        conformance::run(&device);
+        println!("conformance: holds");
+    }
+    if wants(Check::Kernels) {
+        Bench::new(device, options.seed, options.cases).kernels();
+        println!("kernels: all agree, seed {}", options.seed);
+    }
+    ExitCode::SUCCESS
+}
