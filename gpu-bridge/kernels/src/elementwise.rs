@@ -125,6 +125,11 @@ impl RopeTable {
         Self { half, table }
     }
 
+    /// For each position half a head of cosines, then half a head of sines.
+    pub fn numbers(&self) -> &[f32] {
+        &self.table
+    }
+
     /// Positions that the table covers.
     pub fn positions(&self) -> usize {
         self.table.len() / (2 * self.half)

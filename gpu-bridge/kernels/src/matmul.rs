@@ -71,6 +71,14 @@ impl PackedMatrix {
         self.inputs
     }
 
+    /// Number format of the weights.
+    pub fn format(&self) -> WeightType {
+        match &self.panels {
+            Panels::F32(_) => WeightType::F32,
+            Panels::Bf16(_) => WeightType::Bf16,
+        }
+    }
+
     /// One row, as it is computed with.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let start = row / PANEL * PANEL * self.inputs + row % PANEL;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod compute;
 mod engine;
 mod forward;
 mod http;
@@ -15,7 +16,9 @@ mod share;
 mod worker;
 
 pub use cairn_gpu::KvType;
+pub use cairn_gpu::backend::cuda::KernelFolders;
 pub use cairn_kernels::{Isa, WeightType};
+pub use compute::ComputeDevice;
 pub use engine::{
     Engine, EngineError, EngineOptions, Finish, Request, SubmitError, Summary, Update, Updates, Work,
     pool_shape,
@@ -26,6 +29,6 @@ pub use model::{
     smollm2_shape,
 };
 pub use peer::PrefillPeer;
-pub use sampling::{Sampler, Sampling};
+pub use sampling::{Sampler, Sampling, choose};
 pub use share::{Delegate, Share};
 pub use worker::{Role, Worker, WorkerError, WorkerOptions, key_space};

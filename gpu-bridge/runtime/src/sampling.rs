@@ -1,5 +1,6 @@
 //! From logits to a token.
 
+use cairn_kernels::cuda::SampleSetting;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 /// How the next token is chosen.
@@ -25,36 +26,48 @@ impl Sampler {
         Self { sampling, rng: StdRng::seed_from_u64(sampling.seed) }
     }
 
-    /// Chooses a token. Ties go to the lower id.
-    pub fn choose(&mut self, logits: &[f32]) -> u32 {
-        if self.sampling.temperature <= 0.0 {
-            return argmax(logits);
-        }
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logit: &f32| f64::from((logit - max) / self.sampling.temperature).exp();
-        let mut candidates: Vec<(u32, f64)> =
-            logits.iter().enumerate().map(|(id, logit)| (id as u32, weight(logit))).collect();
-        candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-        let mut kept = 0.0;
-        let nucleus = total * f64::from(self.sampling.top_p.clamp(0.0, 1.0));
-        let mut count = 0;
-        for (_, weight) in &candidates {
-            kept += weight;
-            count += 1;
-            if kept >= nucleus {
-                break;
-            }
-        }
-        let mut point = self.rng.random::<f64>() * kept;
-        for (id, weight) in &candidates[..count] {
-            point -= weight;
-            if point <= 0.0 {
-                return *id;
-            }
-        }
-        candidates[count - 1].0
+    /// What decides about the next token beside its logits.
+    pub fn draw(&mut self) -> SampleSetting {
+        let Sampling { temperature, top_p, .. } = self.sampling;
+        let uniform = if temperature > 0.0 { self.rng.random() } else { 0.0 };
+        SampleSetting { temperature, top_p, uniform }
     }
+}
+
+/// Chooses a token as the CUDA kernel does: the most likely tokens that together have `top_p` are in play (all that are as likely as the least of
+/// them, too), and the one is taken at which their weights, summed in the order of ids, pass the drawn share. Ties for the largest go to
+/// the lower id.
+pub fn choose(logits: &[f32], setting: &SampleSetting) -> u32 {
+    if setting.temperature <= 0.0 {
+        return argmax(logits);
+    }
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> =
+        logits.iter().map(|logit| f64::from((logit - max) / setting.temperature).exp()).collect();
+    let mut sorted = weights.clone();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let wanted = weights.iter().sum::<f64>() * f64::from(setting.top_p.clamp(0.0, 1.0));
+    let mut sum = 0.0;
+    let mut least = 0.0;
+    for weight in sorted {
+        sum += weight;
+        least = weight;
+        if sum >= wanted {
+            break;
+        }
+    }
+    let counts = |weight: &f64| *weight >= least;
+    let target = weights.iter().filter(|weight| counts(weight)).sum::<f64>() * f64::from(setting.uniform);
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (id, weight) in weights.iter().enumerate().filter(|(_, weight)| counts(weight)) {
+        sum += weight;
+        last = id as u32;
+        if sum > target {
+            break;
+        }
+    }
+    last
 }
 
 fn argmax(logits: &[f32]) -> u32 {
@@ -75,15 +88,16 @@ mod tests {
     fn greedy_is_greedy_and_seeds_repeat() {
         let logits = [0.0, 2.0, 1.0, 2.0];
         let sampling = |temperature, top_p, seed| Sampler::new(Sampling { temperature, top_p, seed });
-        assert_eq!(sampling(0.0, 1.0, 1).choose(&logits), 1);
+        let next = |sampler: &mut Sampler| choose(&logits, &sampler.draw());
+        assert_eq!(next(&mut sampling(0.0, 1.0, 1)), 1);
         let draw = |seed| -> Vec<u32> {
             let mut sampler = sampling(1.0, 1.0, seed);
-            (0..50).map(|_| sampler.choose(&logits)).collect()
+            (0..50).map(|_| next(&mut sampler)).collect()
         };
         assert_eq!(draw(5), draw(5));
         assert_ne!(draw(5), draw(6));
         assert!(draw(5).contains(&0) && draw(5).contains(&2));
         let mut narrow = sampling(1.0, 0.6, 3);
-        assert!((0..50).all(|_| [1, 3].contains(&narrow.choose(&logits))), "the nucleus holds the two best");
+        assert!((0..50).all(|_| [1, 3].contains(&next(&mut narrow))), "the nucleus holds the two best");
     }
 }

@@ -1,10 +1,10 @@
 //! The way between an engine and the cache: loads and publishes run here, on tokio, while the engine computes.
 
+use crate::compute::{Gathered, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
 use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, WireKind};
-use cairn_gpu::{Device, HostDevice, HostPinned};
-use cairn_proto::{BlockHash, KeySpace};
+use cairn_proto::{BlockHash, Checksum, KeySpace};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -56,6 +56,8 @@ pub(crate) struct LoadJob {
     pub(crate) room: usize,
     /// Whether a prefill worker may be asked for what is missing.
     pub(crate) may_delegate: bool,
+    /// Gives the memory that blocks are loaded into.
+    pub(crate) stager: Stager,
 }
 
 pub(crate) struct Loaded {
@@ -63,7 +65,7 @@ pub(crate) struct Loaded {
     /// Blocks from the start that the cache has; `None` when it cannot be reached.
     pub(crate) resident: Option<usize>,
     /// Verified blocks from `first` on, in canonical order.
-    pub(crate) staging: Option<HostPinned>,
+    pub(crate) staging: Option<Staging>,
     pub(crate) blocks: usize,
     /// How they came.
     pub(crate) wire: Option<WireKind>,
@@ -73,7 +75,10 @@ pub(crate) struct Loaded {
 
 pub(crate) struct PublishBatch {
     pub(crate) parent: Option<BlockHash>,
-    pub(crate) blocks: Vec<Block>,
+    /// Names of the blocks.
+    pub(crate) hashes: Vec<BlockHash>,
+    /// Their bytes; none where there are no blocks.
+    pub(crate) gathered: Option<Gathered>,
     /// Counts what the cache acknowledged.
     pub(crate) stored: Arc<AtomicUsize>,
     /// Sent once all before it is done.
@@ -106,7 +111,7 @@ impl Share {
 
     /// Queues a batch; says whether there was room.
     pub(crate) fn publish(&self, batch: PublishBatch) -> bool {
-        let bytes = batch.bytes();
+        let bytes = batch.hashes.len() * self.space.block_bytes() as usize;
         // Only the engine adds, so the sum cannot pass the bound between the check and the addition.
         if self.queued.load(Ordering::Relaxed) + bytes > PUBLISH_QUEUE_BYTES {
             return false;
@@ -134,7 +139,7 @@ impl Share {
             // Nobody knows yet how much there is: room for the first blocks, which come with the answer.
             let wanted = job.hashes.len().saturating_sub(job.first).min(job.room);
             let few = (READ_BYTES / self.space.block_bytes() as usize).clamp(1, FETCH_BLOCKS);
-            staging = self.staging(wanted.min(few));
+            staging = self.staging(&job.stager, wanted.min(few));
             self.read(&job, staging.as_mut()).await
         };
         let resident = lookup.resident();
@@ -149,7 +154,7 @@ impl Share {
         };
         let end = resident.min(job.first + job.room);
         if let Some(run) = lookup.run.as_ref().filter(|_| end > job.first)
-            && let Some(mut staging) = self.enough(staging, end - job.first)
+            && let Some(mut staging) = self.enough(&job.stager, staging, end - job.first)
         {
             (loaded.blocks, loaded.wire) = self.fetch_rest(run, &job, end, fetched, &mut staging).await;
             loaded.staging = (loaded.blocks > 0).then_some(staging);
@@ -174,12 +179,12 @@ impl Share {
     }
 
     /// Room for all blocks, with what is in the first ones.
-    fn enough(&self, staging: Option<HostPinned>, blocks: usize) -> Option<HostPinned> {
+    fn enough(&self, stager: &Stager, staging: Option<Staging>, blocks: usize) -> Option<Staging> {
         let bytes = blocks * self.space.block_bytes() as usize;
         match staging {
             Some(staging) if staging.as_ref().len() >= bytes => Some(staging),
             few => {
-                let mut all = self.staging(blocks)?;
+                let mut all = self.staging(stager, blocks)?;
                 if let Some(few) = few {
                     all.as_mut()[..few.as_ref().len()].copy_from_slice(few.as_ref());
                 }
@@ -189,17 +194,17 @@ impl Share {
     }
 
     /// Room for so many blocks; none if there is none to be had.
-    fn staging(&self, blocks: usize) -> Option<HostPinned> {
+    fn staging(&self, stager: &Stager, blocks: usize) -> Option<Staging> {
         let bytes = blocks * self.space.block_bytes() as usize;
         if bytes == 0 {
             return None;
         }
-        let allocated = HostDevice.allocate_pinned(bytes);
+        let allocated = stager.allocate(bytes);
         allocated.inspect_err(|error| tracing::warn!(%error, "no memory to load cached blocks into")).ok()
     }
 
     /// What is resident, and its first blocks.
-    async fn read(&self, job: &LoadJob, staging: Option<&mut HostPinned>) -> (Lookup, Fetched) {
+    async fn read(&self, job: &LoadJob, staging: Option<&mut Staging>) -> (Lookup, Fetched) {
         let block_bytes = self.space.block_bytes() as usize;
         let memory = staging.map_or(Default::default(), AsMut::as_mut);
         let mut targets: Vec<&mut [u8]> = memory.chunks_exact_mut(block_bytes).take(FETCH_BLOCKS).collect();
@@ -214,7 +219,7 @@ impl Share {
         job: &LoadJob,
         end: usize,
         mut fetched: Fetched,
-        staging: &mut HostPinned,
+        staging: &mut Staging,
     ) -> (usize, Option<WireKind>) {
         let block_bytes = self.space.block_bytes() as usize;
         let mut targets: Vec<&mut [u8]> =
@@ -236,10 +241,22 @@ impl Share {
     }
 }
 
-impl PublishBatch {
-    fn bytes(&self) -> usize {
-        self.blocks.iter().map(|block| block.bytes.len()).sum()
-    }
+/// Gathered blocks with their checksums, made here where the bytes are; none when they did not arrive.
+async fn blocks(space: &KeySpace, hashes: Vec<BlockHash>, gathered: Option<Gathered>) -> Vec<Block> {
+    let Some(gathered) = gathered else { return Vec::new() };
+    let bytes = match gathered.bytes().await {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            tracing::warn!(%error, "blocks did not leave the device; they are not offered to the cache");
+            return Vec::new();
+        }
+    };
+    let (id, size) = (space.id(), space.block_bytes() as usize);
+    let block = |(i, hash): (usize, BlockHash)| {
+        let bytes = bytes.slice(i * size..(i + 1) * size);
+        Block { hash, checksum: Checksum::of(&id, &hash, &bytes), bytes }
+    };
+    hashes.into_iter().enumerate().map(block).collect()
 }
 
 async fn publish_all(
@@ -249,8 +266,10 @@ async fn publish_all(
     queued: Arc<AtomicUsize>,
 ) {
     while let Some(batch) = batches.recv().await {
-        queued.fetch_sub(batch.bytes(), Ordering::Relaxed);
-        let outcomes = client.publish(&space, batch.parent, &batch.blocks).await;
+        let bytes = batch.hashes.len() * space.block_bytes() as usize;
+        let blocks = blocks(&space, batch.hashes, batch.gathered).await;
+        queued.fetch_sub(bytes, Ordering::Relaxed);
+        let outcomes = client.publish(&space, batch.parent, &blocks).await;
         let stored = outcomes.iter().filter(|outcome| outcome.is_stored()).count();
         if let Some(first) = outcomes.iter().find(|outcome| !outcome.is_stored()) {
             tracing::debug!(outcome = ?first, blocks = outcomes.len() - stored, "blocks were not stored");

@@ -21,6 +21,9 @@ use tokio_util::sync::CancellationToken;
 /// Longest wait for answers in progress at shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
+/// Domain of fingerprints of models that are not computed on the CPU.
+const DEVICE_CONTEXT: &str = "cairn 2026-11 model on a device v1";
+
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -209,6 +212,14 @@ pub fn key_space(model: &Model, options: &WorkerOptions) -> Result<KeySpace, Inv
         KvType::F16 => Dtype::F16,
         KvType::Bf16 => Dtype::Bf16,
     };
-    let parts = SpaceParts::new(&options.tenant, model.fingerprint, dtype, layout);
+    let fingerprint = match options.engine.device.tag() {
+        None => model.fingerprint,
+        Some(tag) => *blake3::Hasher::new_derive_key(DEVICE_CONTEXT)
+            .update(&model.fingerprint)
+            .update(tag.as_bytes())
+            .finalize()
+            .as_bytes(),
+    };
+    let parts = SpaceParts::new(&options.tenant, fingerprint, dtype, layout);
     KeySpace::new(SpaceParts { tenant_salt: options.tenant_salt, ..parts })
 }

@@ -28,7 +28,10 @@ pub(super) fn check(bench: &mut Bench) {
         })
         .collect();
     let (on_device, out) = (bench.put_f32(&logits), bench.poisoned(rows * 4));
-    kernels.sample(&bench.stream, &on_device.all(), width, &settings, &out.all()).expect("issued");
+    let on_device_settings = bench.put(bytemuck::cast_slice(&settings));
+    kernels
+        .sample(&bench.stream, &on_device.all(), (rows, width), &on_device_settings.all(), &out.all())
+        .expect("issued");
     let chosen: Vec<u32> = bytemuck::pod_collect_to_vec(&bench.get(&out));
     for (row, (setting, chosen)) in settings.iter().zip(&chosen).enumerate() {
         let logits = &logits[row * width..][..width];

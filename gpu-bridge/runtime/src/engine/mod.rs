@@ -8,10 +8,11 @@ mod sequence;
 pub(crate) use sequence::Sequence;
 pub use sequence::{Finish, Summary, Update, Updates};
 
+use crate::compute::{Compute, ComputeDevice};
 use crate::model::Model;
 use crate::sampling::Sampling;
 use crate::share::{Loaded, Share};
-use cairn_gpu::{Device, DeviceError, HostDevice, KvType, PagedShape, Priority};
+use cairn_gpu::{DeviceError, KvType, PagedShape};
 use std::sync::Arc;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -36,6 +37,8 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Keep the blocks of ended sequences for later ones while there is room.
     pub local_reuse: bool,
+    /// Where to compute.
+    pub device: ComputeDevice,
     /// Load cached blocks even where computing them seems faster: for measurements.
     pub always_load: bool,
 }
@@ -50,6 +53,7 @@ impl Default for EngineOptions {
             max_sequences: 32,
             max_waiting: 256,
             local_reuse: true,
+            device: ComputeDevice::Cpu,
             always_load: false,
         }
     }
@@ -150,15 +154,14 @@ impl Engine {
         share: Option<Share>,
     ) -> Result<Self, EngineError> {
         let shape = pool_shape(&model, &options)?;
-        let device = HostDevice;
-        let memory = device.allocate(shape.pool_bytes())?;
-        let stream = device.stream(Priority::Foreground)?;
+        let at_most = (options.chunk_tokens, options.max_sequences.min(options.chunk_tokens));
+        let compute = Compute::new(&options.device, &model, shape, at_most)?;
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let limit = model.config.max_positions.min(shape.slots * shape.block_tokens);
         let places = options.max_sequences + options.max_waiting;
         let loads = commands.downgrade();
-        let mut state = run::Loop::new(model.clone(), options, shape, (memory, stream), share, loads);
-        state.calibrate();
+        let mut state = run::Loop::new(model.clone(), options, shape, compute, share, loads);
+        state.calibrate()?;
         std::thread::Builder::new().name("cairn-engine".into()).spawn(move || state.run(receiver))?;
         Ok(Self { commands, waiting: Arc::new(tokio::sync::Semaphore::new(places)), model, limit })
     }

@@ -2,16 +2,13 @@
 
 use super::costs::Costs;
 use super::{Command, EngineOptions, Finish, Sequence, Update, Work};
-use crate::forward::{Row, Scratch};
+use crate::compute::{Compute, Pass, Staging};
+use crate::forward::Row;
 use crate::model::Model;
 use crate::share::{LoadJob, Loaded, PublishBatch, Share};
-use bytes::Bytes;
-use cairn_client::Block;
-use cairn_gpu::{
-    BlockMove, BlockPool, Buffer, Device, DeviceError, HostDevice, HostMemory, HostPinned, HostStream,
-    PagedShape, Slot, Stream,
-};
-use cairn_proto::{BlockHasher, Checksum, SpaceId};
+use cairn_gpu::{BlockPool, DeviceError, PagedShape, Slot};
+use cairn_kernels::cuda::SampleSetting;
+use cairn_proto::{BlockHasher, SpaceId};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -32,8 +29,7 @@ pub(super) struct Loop {
     model: Arc<Model>,
     options: EngineOptions,
     shape: PagedShape,
-    memory: HostMemory,
-    stream: HostStream,
+    compute: Compute,
     blocks: BlockPool,
     hasher: BlockHasher,
     space: SpaceId,
@@ -43,7 +39,6 @@ pub(super) struct Loop {
     waiting: VecDeque<Sequence>,
     loading: BTreeMap<u64, Sequence>,
     running: Vec<Sequence>,
-    scratch: Scratch,
     costs: Costs,
     next_id: u64,
     /// Set when a sequence had to give its slots up: nobody is admitted until another one ends, or the room would go
@@ -64,7 +59,7 @@ impl Loop {
         model: Arc<Model>,
         options: EngineOptions,
         shape: PagedShape,
-        (memory, stream): (HostMemory, HostStream),
+        compute: Compute,
         share: Option<Share>,
         loads: mpsc::WeakSender<Command>,
     ) -> Self {
@@ -75,8 +70,7 @@ impl Loop {
             model,
             options,
             shape,
-            memory,
-            stream,
+            compute,
             hasher: BlockHasher::default(),
             space,
             share,
@@ -84,7 +78,6 @@ impl Loop {
             waiting: VecDeque::new(),
             loading: BTreeMap::new(),
             running: Vec::new(),
-            scratch: Scratch::default(),
             costs: Costs::default(),
             next_id: 0,
             crowded: false,
@@ -98,7 +91,15 @@ impl Loop {
             }
             self.drop_cancelled();
             self.admit();
-            if !self.step() {
+            let progress = match self.step() {
+                Ok(progress) => progress,
+                Err(error) => {
+                    // Nothing can be computed any more. Whoever waits for an answer sees it end.
+                    tracing::error!(%error, "the device failed; this worker computes nothing any more");
+                    return;
+                }
+            };
+            if !progress {
                 match commands.blocking_recv() {
                     Some(command) => self.command(command),
                     None => return,
@@ -108,9 +109,9 @@ impl Loop {
     }
 
     /// Computes some tokens of no request, to know what a token costs before the first choice between loading and computing.
-    pub(super) fn calibrate(&mut self) {
+    pub(super) fn calibrate(&mut self) -> Result<(), DeviceError> {
         if self.share.is_none() || self.options.always_load {
-            return;
+            return Ok(());
         }
         let block_tokens = self.shape.block_tokens;
         let wanted = CALIBRATION_TOKENS.min(self.options.chunk_tokens).min(self.model.config.max_positions);
@@ -123,8 +124,7 @@ impl Loop {
             let rows: Vec<Row> =
                 (0..tokens).map(|position| Row { token: 0, position, slots: &slots }).collect();
             let pass_began = Instant::now();
-            let Self { model, shape, memory, scratch, .. } = self;
-            memory.write(|pool| model.forward(shape, pool, &rows, &[], scratch));
+            self.compute.pass(&Pass { rows: &rows, wanted: &[], completes: &[], answers: false })?;
             let took = pass_began.elapsed();
             best = if pass == 0 { None } else { Some(best.map_or(took, |best| best.min(took))) };
             if pass > 0 && began.elapsed() > CALIBRATION_TIME {
@@ -136,6 +136,7 @@ impl Loop {
             self.costs.computed(tokens, best);
         }
         self.blocks.release(&slots);
+        Ok(())
     }
 
     fn command(&mut self, command: Command) {
@@ -212,6 +213,7 @@ impl Loop {
                     tokens: sequence.tokens[..reusable * block_tokens].to_vec(),
                     first: local,
                     may_delegate: sequence.work != Work::Prefill,
+                    stager: self.compute.stager(),
                 };
                 share.load(job, loads);
                 self.loading.insert(id, sequence);
@@ -261,18 +263,13 @@ impl Loop {
     fn scatter(
         &mut self,
         sequence: &mut Sequence,
-        staging: HostPinned,
+        staging: Staging,
         count: usize,
     ) -> Result<(), DeviceError> {
         let first = sequence.named;
         let slots = &sequence.slots[first..first + count];
         let bytes = self.shape.block_bytes();
-        let place =
-            |(i, slot): (usize, &Slot)| BlockMove { staging_offset: i * bytes, slot: slot.0 as usize };
-        let moves = slots.iter().enumerate().map(place).collect();
-        let staging = Buffer::Pinned(HostDevice.share(staging));
-        self.stream.scatter(self.shape, &staging, &self.memory, moves)?;
-        self.stream.record()?.wait()?;
+        self.compute.place(staging, slots)?;
         for (slot, hash) in slots.iter().zip(&sequence.hashes[first..]) {
             self.blocks.name(*slot, *hash);
         }
@@ -285,33 +282,38 @@ impl Loop {
     }
 
     /// One pass. Says whether there was anything to do.
-    fn step(&mut self) -> bool {
+    fn step(&mut self) -> Result<bool, DeviceError> {
         let mut running = std::mem::take(&mut self.running);
         let parts = self.plan(&mut running);
         let began = Instant::now();
-        let logits = self.compute(&running, &parts);
+        let tokens = self.compute(&mut running, &parts)?;
         self.took(&running, &parts, began.elapsed());
-        let width = self.model.config.vocabulary;
-        let mut logits = logits.chunks_exact(width);
+        let mut tokens = tokens.into_iter();
         for part in &parts {
             let sequence = &mut running[part.sequence];
             sequence.computed += part.count;
-            self.share_complete(sequence);
+            self.share_complete(sequence)?;
             if part.ends
-                && let Some(logits) = logits.next()
+                && let Some(token) = tokens.next()
             {
-                self.advance(sequence, logits);
+                self.advance(sequence, token);
             }
         }
         let before = running.len();
-        running.retain_mut(|sequence| !self.retire(sequence));
+        let mut kept = Vec::with_capacity(before);
+        for mut sequence in running {
+            if !self.retire(&mut sequence)? {
+                kept.push(sequence);
+            }
+        }
+        let mut running = kept;
         self.crowded &= running.len() == before;
         let progress = !parts.is_empty() || running.len() < before;
         if !progress && let Some(youngest) = running.pop() {
             self.preempt(youngest);
         }
         self.running = running;
-        progress || !self.running.is_empty() || (!self.waiting.is_empty() && self.loading.is_empty())
+        Ok(progress || !self.running.is_empty() || (!self.waiting.is_empty() && self.loading.is_empty()))
     }
 
     /// What the next pass computes: one token of every answer first, then prompts in order, up to the budget.
@@ -361,11 +363,14 @@ impl Loop {
         }
     }
 
-    /// Runs the model; logits of the last row of each part that ends, in order.
-    fn compute(&mut self, running: &[Sequence], parts: &[Part]) -> Vec<f32> {
+    /// Runs the model; the next token of each part that ends, in order.
+    fn compute(&mut self, running: &mut [Sequence], parts: &[Part]) -> Result<Vec<u32>, DeviceError> {
+        let completes = self.completes(running, parts);
+        let settings: Vec<Option<SampleSetting>> =
+            parts.iter().map(|part| part.ends.then(|| running[part.sequence].sampler.draw())).collect();
         let mut rows = Vec::new();
-        let mut logits_for = Vec::new();
-        for part in parts {
+        let mut wanted = Vec::new();
+        for (part, setting) in parts.iter().zip(settings) {
             let sequence = &running[part.sequence];
             let positions = sequence.computed..sequence.computed + part.count;
             rows.extend(positions.map(|position| Row {
@@ -373,62 +378,71 @@ impl Loop {
                 position,
                 slots: &sequence.slots,
             }));
-            if part.ends {
-                logits_for.push(rows.len() - 1);
-            }
+            wanted.extend(setting.map(|setting| (rows.len() - 1, setting)));
         }
         if rows.is_empty() {
-            return Vec::new();
+            return Ok(Vec::new());
         }
-        let Self { model, shape, memory, scratch, .. } = self;
-        memory.write(|pool| model.forward(shape, pool, &rows, &logits_for, scratch))
+        let answers = parts.iter().all(|part| part.count == 1 && part.ends);
+        self.compute.pass(&Pass { rows: &rows, wanted: &wanted, completes: &completes, answers })
+    }
+
+    /// Slots of the blocks that a pass completes and that are offered to the cache right after it, as [`Self::offer`] will.
+    fn completes(&self, running: &[Sequence], parts: &[Part]) -> Vec<Vec<Slot>> {
+        let mut completes = Vec::new();
+        for part in parts {
+            let sequence = &running[part.sequence];
+            let full = (sequence.computed + part.count) / self.shape.block_tokens;
+            if let (true, Some(shared), Some(_)) = (sequence.use_cache, sequence.shared, &self.share) {
+                let mut starts = (shared..full).step_by(PUBLISH_BATCH);
+                completes.extend(
+                    starts
+                        .next()
+                        .map(|start| sequence.slots[start..full.min(start + PUBLISH_BATCH)].to_vec()),
+                );
+            }
+        }
+        completes
     }
 
     /// Names the blocks that became full, and offers them to the cache.
-    fn share_complete(&mut self, sequence: &mut Sequence) {
+    fn share_complete(&mut self, sequence: &mut Sequence) -> Result<(), DeviceError> {
         if !sequence.use_cache {
-            return;
+            return Ok(());
         }
         let full = sequence.computed / self.shape.block_tokens;
         for block in sequence.named..full {
             self.blocks.name(sequence.slots[block], sequence.hashes[block]);
         }
         sequence.named = sequence.named.max(full);
-        self.offer(sequence, full);
+        self.offer(sequence, full)
     }
 
-    fn offer(&mut self, sequence: &mut Sequence, full: usize) {
+    fn offer(&mut self, sequence: &mut Sequence, full: usize) -> Result<(), DeviceError> {
         let (Some(share), Some(mut shared)) = (&self.share, sequence.shared) else {
-            return;
+            return Ok(());
         };
         while shared < full {
             let end = full.min(shared + PUBLISH_BATCH);
-            let blocks = (shared..end).map(|block| self.gather(sequence, block)).collect();
+            let gathered = Some(self.compute.gather(&sequence.slots[shared..end])?);
+            let hashes = sequence.hashes[shared..end].to_vec();
             let parent = shared.checked_sub(1).map(|block| sequence.hashes[block]);
             let stored = sequence.stored.clone();
-            if !share.publish(PublishBatch { parent, blocks, stored, finish: None }) {
+            if !share.publish(PublishBatch { parent, hashes, gathered, stored, finish: None }) {
                 tracing::warn!(
                     "publishing falls behind; the rest of this sequence is not offered to the cache"
                 );
                 sequence.shared = None;
-                return;
+                return Ok(());
             }
             shared = end;
         }
         sequence.shared = Some(shared);
-    }
-
-    /// A block's bytes in canonical order, and their checksum, made here where the bytes are.
-    fn gather(&self, sequence: &Sequence, block: usize) -> Block {
-        let mut bytes = vec![0; self.shape.block_bytes()];
-        let slot = sequence.slots[block].0 as usize;
-        self.memory.read(|pool| cairn_kernels::gather_block(&self.shape, pool, slot, &mut bytes));
-        let hash = sequence.hashes[block];
-        Block { hash, checksum: Checksum::of(&self.space, &hash, &bytes), bytes: Bytes::from(bytes) }
+        Ok(())
     }
 
     /// Adds the next token to an answer.
-    fn advance(&mut self, sequence: &mut Sequence, logits: &[f32]) {
+    fn advance(&mut self, sequence: &mut Sequence, token: u32) {
         let Work::Generate { max_tokens, ignore_end } = sequence.work else {
             return;
         };
@@ -440,7 +454,6 @@ impl Loop {
             sequence.ended = Some(Finish::Stop);
             return;
         }
-        let token = sequence.sampler.choose(logits);
         sequence.ended = if !ignore_end && self.model.tokenizer.is_end(token) {
             Some(Finish::Stop)
         } else {
@@ -454,14 +467,14 @@ impl Loop {
     }
 
     /// Ends a sequence that is done or cancelled; says whether it was.
-    fn retire(&mut self, sequence: &mut Sequence) -> bool {
+    fn retire(&mut self, sequence: &mut Sequence) -> Result<bool, DeviceError> {
         let block_tokens = self.shape.block_tokens;
         if sequence.work == Work::Prefill && sequence.remaining(block_tokens) == 0 {
-            self.offer(sequence, sequence.hashes.len());
+            self.offer(sequence, sequence.hashes.len())?;
             sequence.ended = Some(Finish::Stop);
         }
         let Some(finish) = sequence.ended else {
-            return false;
+            return Ok(false);
         };
         self.let_go(sequence);
         let full = sequence.prompt / block_tokens;
@@ -472,7 +485,8 @@ impl Loop {
         let stored = sequence.stored.clone();
         let last = PublishBatch {
             parent: None,
-            blocks: Vec::new(),
+            hashes: Vec::new(),
+            gathered: None,
             stored,
             finish: Some((summary.clone(), updates)),
         };
@@ -484,7 +498,7 @@ impl Loop {
                 let _ = sequence.updates.try_send(Update::Finished(summary));
             }
         }
-        true
+        Ok(true)
     }
 
     /// Nothing fits: the youngest sequence gives its slots up and starts again later.

@@ -3,7 +3,7 @@
 
 use super::memory::CudaMemory;
 use super::stream::CudaStream;
-use crate::{Buffer, Copy, Device, DeviceError, Region, Slot, Stream};
+use crate::{DeviceError, Slot};
 use cairn_kernels::cuda::{HeadShape, SPLIT_KEYS, Tile};
 use std::ops::Range;
 
@@ -109,10 +109,11 @@ impl Plan {
             tokens: section(&mut rows.iter().map(|row| row.token)),
             positions: section(&mut rows.iter().map(|row| row.position as u32)),
             starts: section(&mut starts.into_iter()),
-            tables: section(&mut tables.into_iter()),
             chosen: section(&mut chosen.iter().map(|row| *row as u32)),
             prefill: section(&mut flat(&together).into_iter()),
             decode: section(&mut flat(&alone).into_iter()),
+            // Last, so that the places of all others follow from the number of rows where each row is a sequence.
+            tables: section(&mut tables.into_iter()),
             words,
             splits: longest.div_ceil(SPLIT_KEYS),
         })
@@ -121,6 +122,10 @@ impl Plan {
     /// Rows.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    pub(super) fn words(&self) -> usize {
+        self.words.len()
     }
 
     /// Rows whose logits are wanted.
@@ -163,33 +168,51 @@ impl Batch {
     /// # Errors
     /// When there is no memory.
     pub fn upload(stream: &CudaStream, plan: Plan) -> Result<Self, DeviceError> {
-        let bytes: &[u8] = bytemuck::cast_slice(&plan.words);
-        let memory = CudaMemory::allocate(stream.device().context(), bytes.len())?;
-        stream.upload(bytes, &memory, 0)?;
+        Self::with_room(stream, plan, 0)
+    }
+
+    /// Uploads a plan into memory of the last one, if it has the room. Work that reads the last one must be of the same stream.
+    pub(super) fn reusing(
+        stream: &CudaStream,
+        plan: Plan,
+        last: Option<CudaMemory>,
+    ) -> Result<Self, DeviceError> {
+        match last.filter(|memory| memory.len() >= 4 * plan.words.len()) {
+            None => Self::with_room(stream, plan.clone(), 2 * plan.words.len()),
+            Some(memory) => {
+                stream.upload(bytemuck::cast_slice(&plan.words), &memory, 0)?;
+                Ok(Self { plan, memory })
+            }
+        }
+    }
+
+    /// An uploaded plan with room for more words: see [`Self::refill`].
+    pub(super) fn with_room(stream: &CudaStream, plan: Plan, words: usize) -> Result<Self, DeviceError> {
+        let memory = CudaMemory::allocate(stream.device().context(), 4 * words.max(plan.words.len()))?;
+        stream.upload(bytemuck::cast_slice(&plan.words), &memory, 0)?;
         Ok(Self { plan, memory })
     }
 
-    /// Another plan at the same addresses, for launches that were captured: of the same number of rows, and with no more splits. The
-    /// plan's words are in `pinned`, which the copy reads when it runs.
+    /// Whether another plan has its arrays at the same places, so that launches that were captured may run with it.
+    pub(super) fn takes(&self, plan: &Plan) -> bool {
+        let places = |plan: &Plan| {
+            let Plan { rows, tokens, positions, starts, chosen, prefill, decode, tables, .. } = plan.clone();
+            (rows, tokens, positions, starts, chosen, prefill, decode, tables.start)
+        };
+        places(plan) == places(&self.plan)
+            && (plan.shape, plan.limits) == (self.plan.shape, self.plan.limits)
+            && 4 * plan.words.len() <= self.memory.len()
+    }
+
+    /// Another plan at the same addresses.
     ///
     /// # Errors
-    /// When the plan has another shape.
-    pub(super) fn refill(
-        &mut self,
-        stream: &CudaStream,
-        plan: Plan,
-        capacity_words: usize,
-    ) -> Result<(), DeviceError> {
-        if plan.words.len() > capacity_words {
-            return Err(DeviceError::SizeMismatch { from: plan.words.len(), to: capacity_words });
+    /// When it does not fit.
+    pub(super) fn refill(&mut self, stream: &CudaStream, plan: Plan) -> Result<(), DeviceError> {
+        if !self.takes(&plan) {
+            return Err(DeviceError::Failed("a batch of another shape".into()));
         }
-        let bytes: &[u8] = bytemuck::cast_slice(&plan.words);
-        let mut pinned = stream.device().allocate_pinned(bytes.len())?;
-        pinned.as_mut().copy_from_slice(bytes);
-        let source =
-            Region { buffer: Buffer::Pinned(stream.device().share(pinned)), offset: 0, bytes: bytes.len() };
-        let target = Region { buffer: Buffer::Device(self.memory.clone()), offset: 0, bytes: bytes.len() };
-        stream.copy(vec![Copy { source, target }])?;
+        stream.upload(bytemuck::cast_slice(&plan.words), &self.memory, 0)?;
         self.plan = plan;
         Ok(())
     }
@@ -239,6 +262,17 @@ impl Batch {
 impl Plan {
     pub(super) fn splits(&self) -> usize {
         self.splits
+    }
+
+    /// Grids and partial results for longer contexts than these rows have.
+    pub(super) fn with_splits(mut self, splits: usize) -> Self {
+        self.splits = self.splits.max(splits);
+        self
+    }
+
+    /// Whether each row is alone in its tile.
+    pub(super) fn is_decode(&self) -> bool {
+        self.prefill.is_empty()
     }
 
     pub(super) fn shape(&self) -> &HeadShape {

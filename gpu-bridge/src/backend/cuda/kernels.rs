@@ -288,7 +288,7 @@ impl ModelKernels {
         ))
     }
 
-    /// A token for each row of logits (`f32`), to `out` (`u32`).
+    /// A token for each of so many rows of logits (`f32`), to `out` (`u32`); `settings` holds a [`SampleSetting`] for each.
     ///
     /// # Errors
     /// When a buffer is too small.
@@ -296,26 +296,23 @@ impl ModelKernels {
         &self,
         stream: &CudaStream,
         logits: &Part<'_>,
-        width: usize,
-        settings: &[SampleSetting],
+        (rows, width): (usize, usize),
+        settings: &Part<'_>,
         out: &Part<'_>,
     ) -> Result<(), DeviceError> {
-        let rows = settings.len();
-        let memory = CudaMemory::allocate(stream.device().context(), size_of_val(settings))?;
-        stream.upload(bytemuck::cast_slice(settings), &memory, 0)?;
+        if width == 0 {
+            return Err(DeviceError::Failed("no logits to choose from".into()));
+        }
         let params = SampleParams {
             logits: logits.holding(rows * width * 4)?,
-            settings: memory.address(),
+            settings: settings.holding(rows * size_of::<SampleSetting>())?,
             out: out.holding(rows * 4)?,
             width: width as u32,
             padding: 0,
         };
-        if width == 0 {
-            return Err(DeviceError::Failed("no logits to choose from".into()));
-        }
         // SAFETY: the buffers hold all rows and are kept.
         unsafe { stream.launch(&self.sample, [rows as u32, 1, 1], SAMPLE_THREADS, &params)? };
-        stream.keep((logits.memory.clone(), memory, out.memory.clone()))
+        stream.keep((logits.memory.clone(), settings.memory.clone(), out.memory.clone()))
     }
 
     fn check_pool(&self, at: &PoolLayer<'_>, batch: &Batch) -> Result<(), DeviceError> {

@@ -9,7 +9,7 @@ use crate::DeviceError;
 use cudarc::driver::sys;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How an address came about, and so how it is given back.
 enum Origin {
@@ -236,5 +236,56 @@ impl CudaShared {
 
     pub(super) fn address(&self) -> u64 {
         self.0.address
+    }
+}
+
+/// Largest buffer that is kept for the next use, and the smallest that is made.
+const LENT_BYTES: usize = 1 << 20;
+const LEAST_LENT_BYTES: usize = 4 << 10;
+
+/// Pinned buffers for small copies, by the power of two of their size: pinning takes longer than what they are used for.
+#[derive(Default)]
+pub(super) struct PinnedPool(Mutex<Vec<CudaPinned>>);
+
+impl PinnedPool {
+    pub(super) fn lend(self: &Arc<Self>, context: &Arc<Context>, bytes: usize) -> Result<Lent, DeviceError> {
+        let size = bytes.max(LEAST_LENT_BYTES);
+        let size = if size <= LENT_BYTES { size.next_power_of_two() } else { size };
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found =
+            free.iter().position(|buffer| buffer.0.bytes == size).map(|place| free.swap_remove(place));
+        drop(free);
+        let buffer = found.map_or_else(|| CudaPinned::allocate(context, size), Ok)?;
+        Ok(Lent { buffer: Some(buffer), bytes, pool: self.clone() })
+    }
+}
+
+/// A pinned buffer that goes back to its pool.
+pub(super) struct Lent {
+    buffer: Option<CudaPinned>,
+    bytes: usize,
+    pool: Arc<PinnedPool>,
+}
+
+impl Lent {
+    pub(super) fn address(&self) -> u64 {
+        self.buffer.as_ref().map_or(0, |buffer| buffer.0.address)
+    }
+
+    /// Its bytes. Only while no copy has it.
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.buffer.as_ref().map_or(&[], |buffer| &buffer.as_ref()[..self.bytes])
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        let bytes = self.bytes;
+        self.buffer.as_mut().map_or(&mut [], |buffer| &mut buffer.as_mut()[..bytes])
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let small = self.buffer.take().filter(|buffer| buffer.0.bytes <= LENT_BYTES);
+        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).extend(small);
     }
 }

@@ -7,6 +7,8 @@
 
 mod batch;
 mod context;
+mod decoder;
+mod gemm;
 mod kernels;
 mod memory;
 mod programs;
@@ -14,6 +16,8 @@ mod stream;
 
 pub use batch::{Batch, BatchLimits, BatchRow, Plan};
 pub use context::{Absence, CudaInfo, probe};
+pub use decoder::{Decoder, DecoderLoader, DecoderShape, Hooks, LayerSource, NoHooks, Numbers, Pool};
+pub use gemm::{Gemm, Weight};
 pub use kernels::{HeadExtras, KernelSpec, ModelKernels, Partials, PoolLayer};
 pub use memory::{CudaMemory, CudaPinned, CudaShared, IpcHandle, Part};
 pub use programs::{
@@ -24,6 +28,7 @@ pub use stream::{CudaStream, Stopwatch};
 use crate::{Device, DeviceError, PagedShape, Priority};
 use cairn_kernels::cuda::WireType;
 use context::Context;
+use memory::{Lent, PinnedPool};
 use programs::Programs;
 use std::sync::Arc;
 
@@ -32,6 +37,7 @@ use std::sync::Arc;
 pub struct CudaDevice {
     context: Arc<Context>,
     programs: Arc<Programs>,
+    pinned: Arc<PinnedPool>,
 }
 
 impl CudaDevice {
@@ -40,7 +46,8 @@ impl CudaDevice {
     /// # Errors
     /// When there is none of that number, or it cannot be used.
     pub fn open(ordinal: usize, folders: KernelFolders) -> Result<Self, DeviceError> {
-        Ok(Self { context: Context::open(ordinal)?, programs: Arc::new(Programs::new(folders)) })
+        let programs = Arc::new(Programs::new(folders));
+        Ok(Self { context: Context::open(ordinal)?, programs, pinned: Arc::default() })
     }
 
     /// What is known of it.
@@ -112,6 +119,10 @@ impl CudaDevice {
     /// When they cannot be compiled or loaded.
     pub fn cast_kernels(&self, shape: PagedShape, wire: WireType) -> Result<Arc<MoveKernels>, DeviceError> {
         self.programs.moves(&self.context, shape, wire)
+    }
+
+    fn lend_pinned(&self, bytes: usize) -> Result<Lent, DeviceError> {
+        self.pinned.lend(&self.context, bytes)
     }
 
     fn context(&self) -> &Arc<Context> {

@@ -7,11 +7,12 @@ use super::CudaDevice;
 use super::context::{Context, check};
 use super::memory::{CudaMemory, CudaPinned};
 use super::programs::{Kernel, MoveKernels};
-use crate::{BlockMove, Buffer, Copy, Device, DeviceError, Event, PagedShape, Priority, Region, Stream};
+use crate::{BlockMove, Buffer, Copy, DeviceError, Event, PagedShape, Priority, Stream};
 use cairn_kernels::cuda::{MoveEntry, MoveParams, Params};
 use cudarc::driver::sys;
 use std::any::Any;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 const EVENTS_AHEAD: usize = 4096;
 
 /// Things that are kept for work before an event is recorded for their sake alone.
-const KEPT_AHEAD: usize = 256;
+const KEPT_AHEAD: usize = 1024;
 
 /// Moves of one launch: the size of a stream's descriptor buffers.
 const MOVES_PER_LAUNCH: usize = 4096;
@@ -97,6 +98,8 @@ pub struct CudaStream {
     device: CudaDevice,
     raw: Arc<RawStream>,
     kept: Mutex<Vec<Kept>>,
+    /// Work is recorded into a graph instead of issued.
+    capturing: AtomicBool,
     descriptors: Arc<Mutex<Vec<Descriptors>>>,
     completions: SyncSender<Completion>,
 }
@@ -145,7 +148,14 @@ impl CudaStream {
             .name("cairn-cuda-wait".into())
             .spawn(move || complete(of_thread, receiver))
             .map_err(|error| DeviceError::Failed(format!("cannot start a thread: {error}")))?;
-        Ok(Self { device, raw, kept: Mutex::default(), descriptors: Arc::default(), completions })
+        Ok(Self {
+            device,
+            raw,
+            kept: Mutex::default(),
+            capturing: AtomicBool::new(false),
+            descriptors: Arc::default(),
+            completions,
+        })
     }
 
     /// The device it belongs to.
@@ -165,7 +175,7 @@ impl CudaStream {
     pub(super) fn keep(&self, kept: impl Any + Send) -> Result<(), DeviceError> {
         let mut all = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         all.push(Box::new(kept));
-        let many = all.len() >= KEPT_AHEAD;
+        let many = all.len() >= KEPT_AHEAD && !self.capturing.load(Ordering::Relaxed);
         drop(all);
         if many { self.mark(None).map(drop) } else { Ok(()) }
     }
@@ -243,15 +253,76 @@ impl CudaStream {
     /// # Errors
     /// When they do not fit.
     pub fn upload(&self, bytes: &[u8], target: &CudaMemory, offset: usize) -> Result<(), DeviceError> {
+        check_inside(offset, bytes.len(), target.len())?;
         if bytes.is_empty() {
             return Ok(());
         }
-        let mut pinned = self.device.allocate_pinned(bytes.len())?;
-        pinned.as_mut().copy_from_slice(bytes);
-        let source = Buffer::Pinned(self.device.share(pinned));
-        let source = Region { buffer: source, offset: 0, bytes: bytes.len() };
-        let target = Region { buffer: Buffer::Device(target.clone()), offset, bytes: bytes.len() };
-        self.copy(vec![Copy { source, target }])
+        let mut lent = self.device.lend_pinned(bytes.len())?;
+        lent.bytes_mut().copy_from_slice(bytes);
+        let target_at = target.address() + offset as u64;
+        self.copy_spans(&[Span { source: lent.address(), target: target_at, bytes: bytes.len() }])?;
+        self.keep((lent, target.clone()))
+    }
+
+    /// The first bytes of device memory, once all that was issued has ended.
+    ///
+    /// # Errors
+    /// When there are fewer, or anything that was issued failed.
+    pub fn download(&self, source: &CudaMemory, bytes: usize) -> Result<Vec<u8>, DeviceError> {
+        check_inside(0, bytes, source.len())?;
+        let lent = self.device.lend_pinned(bytes)?;
+        let span = Span { source: source.address(), target: lent.address(), bytes };
+        let copied = self.copy_spans(&[span]).and_then(|()| self.synchronize());
+        if let Err(error) = copied {
+            // It may still be written.
+            self.keep(lent)?;
+            return Err(error);
+        }
+        Ok(lent.bytes().to_vec())
+    }
+
+    /// Records the work that `issue` gives this stream, instead of running it. Only this thread may use the stream meanwhile, and `issue`
+    /// must neither allocate nor wait.
+    ///
+    /// # Errors
+    /// What `issue` fails with, or when something in it cannot be captured.
+    pub(super) fn capture(
+        &self,
+        issue: impl FnOnce() -> Result<(), DeviceError>,
+    ) -> Result<Graph, DeviceError> {
+        // What was kept before belongs to work that runs.
+        self.mark(None)?;
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.raw.raw, mode) })?;
+        self.capturing.store(true, Ordering::Relaxed);
+        let issued = issue();
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: capturing since above; the graph is written.
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.raw.raw, &mut graph) });
+        self.capturing.store(false, Ordering::Relaxed);
+        let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
+        issued?;
+        ended?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the graph was just made; the executable form is written, and the graph itself is not needed after it.
+        let made = unsafe {
+            let made = check("cuGraphInstantiate", sys::cuGraphInstantiateWithFlags(&mut raw, graph, 0));
+            let _ = sys::cuGraphDestroy(graph);
+            made
+        };
+        made?;
+        let context = self.raw.context.clone();
+        Ok(Graph(Arc::new(RawGraph { context, raw, _kept: Mutex::new(kept) })))
+    }
+
+    /// Runs what was captured.
+    pub(super) fn run(&self, graph: &Graph) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: the graph lives, and all that it names with it; it is kept until it has run.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.0.raw, self.raw.raw) })?;
+        self.keep(graph.0.clone())
     }
 
     fn copy_spans(&self, spans: &[Span]) -> Result<(), DeviceError> {
@@ -532,6 +603,30 @@ impl Stream for CudaStream {
         self.keep(raw)
     }
 }
+
+struct RawGraph {
+    context: Arc<Context>,
+    raw: sys::CUgraphExec,
+    /// Everything that its work names.
+    _kept: Mutex<Vec<Kept>>,
+}
+
+// SAFETY: the driver lets any thread use a graph.
+unsafe impl Send for RawGraph {}
+// SAFETY: as above.
+unsafe impl Sync for RawGraph {}
+
+impl Drop for RawGraph {
+    fn drop(&mut self) {
+        if self.context.enter().is_ok() {
+            // SAFETY: made in `CudaStream::capture`; whoever runs it keeps it.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.raw) };
+        }
+    }
+}
+
+/// Work that was captured, to be run again and again.
+pub(super) struct Graph(Arc<RawGraph>);
 
 /// Two points of a stream between which time is taken, for benches.
 pub struct Stopwatch {

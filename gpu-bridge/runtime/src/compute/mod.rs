@@ -1,0 +1,203 @@
+//! Where a worker computes: the engine's passes, its pool, and the copies between the pool and canonical blocks, on the CPU or on a CUDA
+//! device. The engine decides; nothing here does.
+
+mod cuda;
+mod host;
+
+use crate::forward::Row;
+use crate::model::{Model, ModelConfig};
+use bytes::Bytes;
+use cairn_gpu::backend::cuda::{KernelFolders, probe};
+use cairn_gpu::{BlockMove, Device, DeviceError, Event, HostDevice, HostPinned, PagedShape, Slot};
+use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, SampleSetting};
+use cuda::CudaCompute;
+use host::HostCompute;
+use std::sync::Arc;
+
+/// Where a worker computes.
+#[derive(Clone, Debug, Default)]
+pub enum ComputeDevice {
+    /// On the CPU, in host memory.
+    #[default]
+    Cpu,
+    /// On a device of CUDA.
+    Cuda {
+        /// Which, from 0.
+        ordinal: usize,
+        /// Where compiled kernels are.
+        folders: KernelFolders,
+    },
+}
+
+impl ComputeDevice {
+    /// The first CUDA device that can run the model, or the CPU and why.
+    pub fn find(config: &ModelConfig, block_tokens: usize, folders: KernelFolders) -> (Self, String) {
+        let devices = match probe() {
+            Ok(devices) => devices,
+            Err(absence) => return (Self::Cpu, absence.to_string()),
+        };
+        if let Err(why) = heads(config, block_tokens).check() {
+            return (Self::Cpu, why);
+        }
+        match devices.iter().find(|device| device.architecture >= LEAST_ARCHITECTURE) {
+            Some(device) => (Self::Cuda { ordinal: device.ordinal, folders }, device.name.clone()),
+            None => {
+                (Self::Cpu, format!("no CUDA device of compute capability {LEAST_ARCHITECTURE} or later"))
+            }
+        }
+    }
+
+    /// Mixed into the fingerprint of a model: state that was computed elsewhere differs in its last bits.
+    pub(crate) const fn tag(&self) -> Option<&'static str> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda { .. } => Some("cuda"),
+        }
+    }
+}
+
+/// Heads and blocks of a model, as CUDA kernels see them.
+pub(crate) fn heads(config: &ModelConfig, block_tokens: usize) -> HeadShape {
+    let (kv_heads, head_dim) = (config.kv_heads, config.head_dim);
+    HeadShape { kv_heads, group: config.heads / kv_heads.max(1), head_dim, block_tokens }
+}
+
+/// One pass.
+pub(crate) struct Pass<'a> {
+    /// Tokens to compute.
+    pub(crate) rows: &'a [Row<'a>],
+    /// Rows after which a token is wanted, and how it is chosen.
+    pub(crate) wanted: &'a [(usize, SampleSetting)],
+    /// Slots whose blocks this pass completes and that are gathered right after it, in the groups in which they will be.
+    pub(crate) completes: &'a [Vec<Slot>],
+    /// Each row is the next token of an answer.
+    pub(crate) answers: bool,
+}
+
+/// The pool and the model, on some device.
+pub(crate) enum Compute {
+    Host(HostCompute),
+    Cuda(Box<CudaCompute>),
+}
+
+/// Memory into which cached blocks are loaded.
+pub(crate) enum Staging {
+    Host(HostPinned),
+    Cuda(cairn_gpu::backend::cuda::CudaPinned),
+}
+
+impl AsRef<[u8]> for Staging {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Host(memory) => memory.as_ref(),
+            Self::Cuda(memory) => memory.as_ref(),
+        }
+    }
+}
+
+impl AsMut<[u8]> for Staging {
+    fn as_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Host(memory) => memory.as_mut(),
+            Self::Cuda(memory) => memory.as_mut(),
+        }
+    }
+}
+
+/// Gives staging memory to loads, from any thread.
+#[derive(Clone)]
+pub(crate) enum Stager {
+    Host,
+    Cuda(cairn_gpu::backend::cuda::CudaDevice),
+}
+
+impl Stager {
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Staging, DeviceError> {
+        match self {
+            Self::Host => HostDevice.allocate_pinned(bytes).map(Staging::Host),
+            Self::Cuda(device) => device.allocate_pinned(bytes).map(Staging::Cuda),
+        }
+    }
+}
+
+/// Blocks on their way out of the pool, one after the other in canonical order.
+pub(crate) enum Gathered {
+    /// They are here.
+    Ready(Bytes),
+    /// They are once the event has completed.
+    Later(Event, cuda::Leaving),
+}
+
+impl Gathered {
+    /// Waits for the blocks.
+    pub(crate) async fn bytes(self) -> Result<Bytes, DeviceError> {
+        match self {
+            Self::Ready(bytes) => Ok(bytes),
+            Self::Later(event, leaving) => {
+                event.await?;
+                leaving.arrived().await
+            }
+        }
+    }
+}
+
+impl Compute {
+    /// Takes the pool's memory, and brings the model to the device.
+    ///
+    /// `rows` and `wanted`: of a pass, at most.
+    pub(crate) fn new(
+        device: &ComputeDevice,
+        model: &Arc<Model>,
+        shape: PagedShape,
+        (rows, wanted): (usize, usize),
+    ) -> Result<Self, DeviceError> {
+        match device {
+            ComputeDevice::Cpu => HostCompute::new(model.clone(), shape).map(Self::Host),
+            ComputeDevice::Cuda { ordinal, folders } => {
+                let made = CudaCompute::new(*ordinal, folders.clone(), model, shape, (rows, wanted))?;
+                Ok(Self::Cuda(Box::new(made)))
+            }
+        }
+    }
+
+    /// For loads.
+    pub(crate) fn stager(&self) -> Stager {
+        match self {
+            Self::Host(_) => Stager::Host,
+            Self::Cuda(compute) => Stager::Cuda(compute.device().clone()),
+        }
+    }
+
+    /// Computes a pass: a token for each row that wants one.
+    pub(crate) fn pass(&mut self, pass: &Pass<'_>) -> Result<Vec<u32>, DeviceError> {
+        match self {
+            Self::Host(compute) => Ok(compute.pass(pass)),
+            Self::Cuda(compute) => compute.pass(pass),
+        }
+    }
+
+    /// Puts loaded blocks into slots of the pool. On a device this is issued and overlaps with the passes that follow: each of their
+    /// layers waits for its own part.
+    pub(crate) fn place(&mut self, staging: Staging, slots: &[Slot]) -> Result<(), DeviceError> {
+        match (self, staging) {
+            (Self::Host(compute), Staging::Host(staging)) => compute.place(staging, slots),
+            (Self::Cuda(compute), Staging::Cuda(staging)) => compute.place(staging, slots),
+            _ => Err(DeviceError::Failed("staging memory of another device".into())),
+        }
+    }
+
+    /// Takes complete blocks out of the pool.
+    pub(crate) fn gather(&mut self, slots: &[Slot]) -> Result<Gathered, DeviceError> {
+        match self {
+            Self::Host(compute) => Ok(Gathered::Ready(compute.gather(slots))),
+            Self::Cuda(compute) => compute.gather(slots),
+        }
+    }
+}
+
+/// Blocks one after the other, and the slots they belong to.
+fn moves(shape: &PagedShape, slots: &[Slot]) -> Vec<BlockMove> {
+    let bytes = shape.block_bytes();
+    let place = |(i, slot): (usize, &Slot)| BlockMove { staging_offset: i * bytes, slot: slot.0 as usize };
+    slots.iter().enumerate().map(place).collect()
+}
