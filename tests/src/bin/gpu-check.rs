@@ -2,7 +2,8 @@
 
 use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
 use cairn_gpu::conformance;
-use cairn_tests::gpu::Bench;
+use cairn_runtime::ComputeDevice;
+use cairn_tests::gpu::{Bench, tokens};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,6 +19,8 @@ enum Check {
     Conformance,
     /// Every kernel against its reference.
     Kernels,
+    /// The runtime against the CPU's, and through a cache.
+    Tokens,
 }
 
 #[derive(Parser)]
@@ -55,7 +58,7 @@ fn main() -> ExitCode {
     }
     let wants = |check| options.checks.is_empty() || options.checks.contains(&check);
     let folders = KernelFolders { cache: options.kernel_cache.clone(), ahead: options.kernels.clone() };
-    let device = match CudaDevice::open(options.device, folders) {
+    let device = match CudaDevice::open(options.device, folders.clone()) {
         Ok(device) => device,
         Err(error) => {
             println!("device {} cannot be used: {error}", options.device);
@@ -69,6 +72,11 @@ fn main() -> ExitCode {
     if wants(Check::Kernels) {
         Bench::new(device, options.seed, options.cases).kernels();
         println!("kernels: all agree, seed {}", options.seed);
+    }
+    if wants(Check::Tokens) {
+        let device = ComputeDevice::Cuda { ordinal: options.device, folders };
+        tokens::agree_with_the_cpu(&device, options.seed);
+        tokens::identical_through_the_cache(&device, options.seed);
     }
     ExitCode::SUCCESS
 }

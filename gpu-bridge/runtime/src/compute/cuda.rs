@@ -100,6 +100,12 @@ impl CudaCompute {
         &self.device
     }
 
+    /// Logits of the rows that want a token.
+    pub(super) fn logits(&mut self, pass: &Pass<'_>) -> Result<Vec<f32>, DeviceError> {
+        self.pass(pass)?;
+        self.decoder.logits(pass.wanted.len())
+    }
+
     pub(super) fn pass(&mut self, pass: &Pass<'_>) -> Result<Vec<u32>, DeviceError> {
         self.complete.clear();
         self.wait_for_leaving(pass)?;

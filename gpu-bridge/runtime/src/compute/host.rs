@@ -26,10 +26,15 @@ impl HostCompute {
         Ok(Self { model, shape, pool, stream, scratch: Scratch::default() })
     }
 
-    pub(super) fn pass(&mut self, pass: &Pass<'_>) -> Vec<u32> {
+    /// Logits of the rows that want a token.
+    pub(super) fn logits(&mut self, pass: &Pass<'_>) -> Vec<f32> {
         let wanted: Vec<usize> = pass.wanted.iter().map(|(row, _)| *row).collect();
         let Self { model, shape, pool, scratch, .. } = self;
-        let logits = pool.write(|pool| model.forward(shape, pool, pass.rows, &wanted, scratch));
+        pool.write(|pool| model.forward(shape, pool, pass.rows, &wanted, scratch))
+    }
+
+    pub(super) fn pass(&mut self, pass: &Pass<'_>) -> Vec<u32> {
+        let logits = self.logits(pass);
         let rows = logits.chunks_exact(self.model.config.vocabulary);
         rows.zip(pass.wanted).map(|(logits, (_, setting))| choose(logits, setting)).collect()
     }

@@ -56,6 +56,29 @@ impl ComputeDevice {
     }
 }
 
+/// The logits after every token of a prompt, computed in one pass: `tokens × vocabulary`. For comparing devices.
+///
+/// # Errors
+/// When the device refuses.
+pub fn prompt_logits(
+    model: &Arc<Model>,
+    device: &ComputeDevice,
+    shape: PagedShape,
+    tokens: &[u32],
+) -> Result<Vec<f32>, DeviceError> {
+    let mut compute = Compute::new(device, model, shape, (tokens.len(), tokens.len()))?;
+    let slots: Vec<Slot> = (0..tokens.len().div_ceil(shape.block_tokens) as u32).map(Slot).collect();
+    let row = |(position, token): (usize, &u32)| Row { token: *token, position, slots: &slots };
+    let rows: Vec<Row<'_>> = tokens.iter().enumerate().map(row).collect();
+    let greedy = SampleSetting { temperature: 0.0, top_p: 1.0, uniform: 0.0 };
+    let wanted: Vec<(usize, SampleSetting)> = (0..rows.len()).map(|row| (row, greedy)).collect();
+    let pass = Pass { rows: &rows, wanted: &wanted, completes: &[], answers: false };
+    match &mut compute {
+        Compute::Host(compute) => Ok(compute.logits(&pass)),
+        Compute::Cuda(compute) => compute.logits(&pass),
+    }
+}
+
 /// Heads and blocks of a model, as CUDA kernels see them.
 pub(crate) fn heads(config: &ModelConfig, block_tokens: usize) -> HeadShape {
     let (kv_heads, head_dim) = (config.kv_heads, config.head_dim);

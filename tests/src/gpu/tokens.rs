@@ -1,0 +1,196 @@
+//! The runtime on the device against the runtime on the CPU, and against itself through a cache.
+
+use crate::{config, server_and_client};
+use cairn_client::ClientOptions;
+use cairn_runtime::*;
+use cairn_server::Server;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where the best logit leads by more than this, both must choose it; of logits whose spread is about one. The CPU keeps activations in single
+/// precision, the device rounds what goes into a product to the format of the weights.
+const MARGIN_BF16: f32 = 0.15;
+const MARGIN_F32: f32 = 2e-3;
+
+/// A small model of the heads that the kernels know.
+fn small() -> ModelConfig {
+    ModelConfig {
+        name: "small".into(),
+        layers: 3,
+        hidden: 128,
+        intermediate: 192,
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 64,
+        vocabulary: 256,
+        rms_epsilon: 1e-5,
+        max_positions: 2048,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        tied_embeddings: false,
+    }
+}
+
+fn prompt(length: usize, seed: u64) -> Vec<u32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..length).map(|_| rng.random_range(0..256)).collect()
+}
+
+/// Every position of a prompt: logits close to the CPU's, and the same best token wherever it leads clearly.
+///
+/// # Panics
+/// When they are not.
+pub fn agree_with_the_cpu(device: &ComputeDevice, seed: u64) {
+    for (weights, kv_type, margin) in [
+        (WeightType::F32, KvType::F32, MARGIN_F32),
+        (WeightType::Bf16, KvType::Bf16, MARGIN_BF16),
+        (WeightType::Bf16, KvType::F16, MARGIN_BF16),
+    ] {
+        let config = small();
+        let vocabulary = config.vocabulary;
+        let shape = PagedShape {
+            layers: config.layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            block_tokens: 16,
+            slots: 8,
+            kv_type,
+        };
+        let model = Model::synthetic(Synthetic::new(config.clone(), seed), config, weights).expect("a model");
+        let model = Arc::new(model);
+        let tokens = prompt(100, seed);
+        let logits = |device| prompt_logits(&model, device, shape, &tokens).expect("computed");
+        let (cpu, other) = (logits(&ComputeDevice::Cpu), logits(device));
+        let (mut worst, mut decided) = (0f32, 0);
+        for (cpu, other) in cpu.chunks_exact(vocabulary).zip(other.chunks_exact(vocabulary)) {
+            let far = cpu.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            worst = worst.max(far);
+            let (best, lead) = lead(cpu);
+            if lead > margin {
+                decided += 1;
+                assert_eq!(
+                    lead_of(other),
+                    best,
+                    "{weights:?} weights, {kv_type:?}: the best leads by {lead}"
+                );
+            }
+        }
+        assert!(worst < margin / 2.0, "{weights:?} weights, {kv_type:?}: a logit differs by {worst}");
+        assert!(decided > tokens.len() / 2, "too few positions are decided: {decided}");
+        println!(
+            "tokens: {weights:?} weights, {kv_type:?} state: {decided} of {} positions lead by {margin} and agree; logits within {worst:.1e}",
+            tokens.len()
+        );
+    }
+}
+
+fn lead_of(logits: &[f32]) -> usize {
+    lead(logits).0
+}
+
+/// The best id, and by how much it leads.
+fn lead(logits: &[f32]) -> (usize, f32) {
+    let mut ids: Vec<usize> = (0..logits.len()).collect();
+    ids.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+    (ids[0], logits[ids[0]] - logits[ids[1]])
+}
+
+fn options(device: &ComputeDevice, folder: &std::path::Path, server: &Server) -> WorkerOptions {
+    WorkerOptions {
+        listen: ([127, 0, 0, 1], 0).into(),
+        model: ModelPath::Files(folder.into()),
+        model_name: Some("small".into()),
+        weight_type: WeightType::Bf16,
+        role: Role::Both,
+        cache: Some(ClientOptions::new(format!("http://{}", server.address()))),
+        prefill: None,
+        prefill_timeout: Duration::from_secs(20),
+        delegate_min_tokens: 64,
+        tenant: "t".into(),
+        tenant_salt: [0; 32],
+        engine: EngineOptions {
+            pool_tokens: 2048,
+            chunk_tokens: 64,
+            device: device.clone(),
+            always_load: true,
+            ..EngineOptions::default()
+        },
+    }
+}
+
+struct Answer {
+    tokens: Vec<u32>,
+    loaded: u64,
+}
+
+async fn ask(worker: &Worker, prompt: &[u32], cache: bool, temperature: f64) -> Answer {
+    let url = format!("http://{}/v1/completions", worker.address());
+    let body = json!({"prompt": prompt, "max_tokens": 24, "temperature": temperature, "seed": 5, "ignore_eos": true,
+        "return_token_ids": true, "cairn_cache": cache});
+    let response = reqwest::Client::new().post(url).json(&body).send().await.expect("an answer");
+    let body: Value = response.json().await.expect("an answer in JSON");
+    let ids = body["choices"][0]["token_ids"].as_array().unwrap_or_else(|| panic!("no tokens in {body}"));
+    Answer {
+        tokens: ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect(),
+        loaded: body["cairn"]["loaded_tokens"].as_u64().expect("a number"),
+    }
+}
+
+/// The same tokens with the cache off, cold and warm; alone, beside others, and over the answer's own blocks in a next turn.
+///
+/// # Panics
+/// When they differ, or the cache was not used.
+pub fn identical_through_the_cache(device: &ComputeDevice, seed: u64) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(through_the_cache(device, seed));
+}
+
+async fn through_the_cache(device: &ComputeDevice, seed: u64) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut model = crate::tiny_config();
+    for (key, value) in [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6)] {
+        model[key] = value.into();
+    }
+    crate::write_checkpoint(folder.path(), &model);
+    let (server, _) = server_and_client(config(4096)).await;
+    let start = || Worker::start(options(device, folder.path(), &server));
+    let first = start().await.expect("a worker");
+    let prompt = prompt(403, seed);
+    let off = ask(&first, &prompt, false, 0.0).await;
+    let cold = ask(&first, &prompt, true, 0.0).await;
+    assert!(off.tokens == cold.tokens && cold.loaded == 0, "cold differs from off");
+    crate::eventually("the blocks are in the cache", || server.usage().resident_blocks >= 25).await;
+    let second = start().await.expect("a worker");
+    let warm = ask(&second, &prompt, true, 0.0).await;
+    assert_eq!(warm.loaded, 400, "everything but the last tokens is loaded");
+    assert_eq!(warm.tokens, off.tokens, "warm differs from off");
+    // The next turn, over the answer's own blocks, beside three others; one of them is drawn with a temperature.
+    let mut longer = prompt.clone();
+    longer.extend(&off.tokens);
+    longer.extend([1, 2, 3]);
+    let others: Vec<Vec<u32>> = (1..3).map(|i| self::prompt(90 * i, seed + i as u64)).collect();
+    let apart: Vec<Vec<u32>> = {
+        let mut all = vec![
+            ask(&first, &longer, false, 0.0).await.tokens,
+            ask(&first, &longer, false, 0.9).await.tokens,
+        ];
+        for other in &others {
+            all.push(ask(&first, other, false, 0.0).await.tokens);
+        }
+        all
+    };
+    crate::eventually("the answer's blocks too", || server.usage().resident_blocks > 25).await;
+    let third = start().await.expect("a worker");
+    let (a, b, c, d) = tokio::join!(
+        ask(&third, &longer, true, 0.0),
+        ask(&third, &longer, true, 0.9),
+        ask(&third, &others[0], true, 0.0),
+        ask(&third, &others[1], true, 0.0),
+    );
+    assert!(a.loaded > 400, "the answer's blocks are loaded: {}", a.loaded);
+    assert_eq!([a, b, c, d].map(|answer| answer.tokens).to_vec(), apart, "together differs from apart");
+    server.audit().expect("the server's books are in order");
+    println!("tokens: the same with the cache off, cold and warm, alone and beside others");
+}
