@@ -136,7 +136,6 @@ struct Emulator {
                 continue;
             }
             if (random() % 8 == 0) {
-                // Others may come meanwhile.
                 auto pause = std::chrono::microseconds(random() % 200);
                 guard.unlock();
                 std::this_thread::sleep_for(pause);

@@ -37,6 +37,24 @@ fn kernels_agree_with_their_references() {
 }
 
 #[test]
+fn memory_is_shared_with_processes_mappings_and_cards() {
+    passes(&["sharing"], &[("CAIRN_EMULATOR_DEVICES", "2")]);
+}
+
+#[test]
+fn tokens_are_those_of_the_cpu_and_the_same_through_a_cache() {
+    passes(&["tokens"], &[("CAIRN_EMULATOR_SEED", "4")]);
+}
+
+#[test]
+fn a_lost_device_is_said_and_nothing_waits_for_it() {
+    for operations in ["10", "40", "300"] {
+        passes(&["lost"], &[("CAIRN_EMULATOR_LOSE_AFTER", operations)]);
+    }
+    passes(&["lost-worker"], &[("CAIRN_EMULATOR_LOSE_AFTER", "2000")]);
+}
+
+#[test]
 fn a_driver_without_a_card_is_said() {
     let Some(output) = check(&["probe"], &[("CAIRN_EMULATOR_DEVICES", "0")]) else { return };
     assert_eq!(output.status.code(), Some(3));

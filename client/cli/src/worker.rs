@@ -3,9 +3,12 @@
 use crate::connect::ConnectArguments;
 use crate::signals::Supervision;
 use crate::{CliError, block_on};
-use cairn_runtime::{EngineOptions, KvType, ModelPath, Role, WeightType, Worker, WorkerOptions};
+use cairn_runtime::{
+    ComputeDevice, EngineOptions, KernelFolders, KvType, ModelPath, Role, WeightType, Worker, WorkerOptions,
+};
 use clap::{Args, ValueEnum};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 #[derive(Args)]
@@ -75,6 +78,33 @@ pub(crate) struct ModelArguments {
     /// Tenant of the blocks.
     #[arg(long, default_value = "default", env = "CAIRN_TENANT")]
     tenant: String,
+    /// Where to compute: auto, cpu, cuda, or cuda:N for another device than the first.
+    #[arg(long, default_value = "auto", env = "CAIRN_DEVICE", value_name = "DEVICE")]
+    device: DeviceArgument,
+    /// Folder of CUDA kernels that were compiled ahead of time by `cairn kernels build`.
+    #[arg(long, value_name = "FOLDER", env = "CAIRN_KERNELS")]
+    kernels: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy)]
+enum DeviceArgument {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl std::str::FromStr for DeviceArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok())) {
+            ("auto", _) => Ok(Self::Auto),
+            ("cpu", _) => Ok(Self::Cpu),
+            ("cuda", _) => Ok(Self::Cuda(0)),
+            (_, Some(ordinal)) => Ok(Self::Cuda(ordinal)),
+            _ => Err("write auto, cpu, cuda or cuda:N".into()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -101,6 +131,17 @@ enum KvArgument {
 }
 
 impl ModelArguments {
+    fn device(&self) -> ComputeDevice {
+        // Without a home kernels are compiled at each start.
+        let cache = crate::model::cache_folder().ok().map(|folder| folder.join("kernels"));
+        let folders = KernelFolders { cache, ahead: self.kernels.clone() };
+        match self.device {
+            DeviceArgument::Auto => ComputeDevice::Auto { folders },
+            DeviceArgument::Cpu => ComputeDevice::Cpu,
+            DeviceArgument::Cuda(ordinal) => ComputeDevice::Cuda { ordinal, folders },
+        }
+    }
+
     /// Options of a worker that shares nothing and listens nowhere yet.
     pub(crate) fn options(&self) -> WorkerOptions {
         WorkerOptions {
@@ -128,6 +169,7 @@ impl ModelArguments {
                 pool_tokens: self.pool_tokens,
                 chunk_tokens: self.chunk_tokens,
                 max_sequences: self.max_sequences,
+                device: self.device(),
                 ..EngineOptions::default()
             },
         }

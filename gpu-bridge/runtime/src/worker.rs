@@ -212,7 +212,7 @@ pub fn key_space(model: &Model, options: &WorkerOptions) -> Result<KeySpace, Inv
         KvType::F16 => Dtype::F16,
         KvType::Bf16 => Dtype::Bf16,
     };
-    let fingerprint = match options.engine.device.tag() {
+    let fingerprint = match options.engine.device.tag(config, options.engine.block_tokens) {
         None => model.fingerprint,
         Some(tag) => *blake3::Hasher::new_derive_key(DEVICE_CONTEXT)
             .update(&model.fingerprint)

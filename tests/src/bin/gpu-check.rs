@@ -3,7 +3,7 @@
 use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
 use cairn_gpu::conformance;
 use cairn_runtime::ComputeDevice;
-use cairn_tests::gpu::{Bench, tokens};
+use cairn_tests::gpu::{Bench, sharing, tokens};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,8 +19,14 @@ enum Check {
     Conformance,
     /// Every kernel against its reference.
     Kernels,
+    /// Memory that is shared with processes, mappings and other cards.
+    Sharing,
     /// The runtime against the CPU's, and through a cache.
     Tokens,
+    /// A device that is lost in the middle: only with the emulator, and only by name.
+    Lost,
+    /// A worker whose device is lost, likewise.
+    LostWorker,
 }
 
 #[derive(Parser)]
@@ -39,6 +45,9 @@ struct Options {
     /// Folder that keeps compiled kernels.
     #[arg(long)]
     kernel_cache: Option<PathBuf>,
+    /// What the second process of `sharing` is given.
+    #[arg(long, hide = true)]
+    opens: Option<String>,
     /// Folder of kernels that were compiled ahead of time.
     #[arg(long)]
     kernels: Option<PathBuf>,
@@ -56,7 +65,8 @@ fn main() -> ExitCode {
     for device in devices {
         println!("{device:?}");
     }
-    let wants = |check| options.checks.is_empty() || options.checks.contains(&check);
+    let named = |check| options.checks.contains(&check);
+    let wants = |check| options.checks.is_empty() || named(check);
     let folders = KernelFolders { cache: options.kernel_cache.clone(), ahead: options.kernels.clone() };
     let device = match CudaDevice::open(options.device, folders.clone()) {
         Ok(device) => device,
@@ -65,6 +75,24 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    if let Some(handle) = &options.opens {
+        sharing::other_process(&device, handle);
+        return ExitCode::SUCCESS;
+    }
+    if named(Check::Lost) {
+        sharing::lost(&device);
+        return ExitCode::SUCCESS;
+    }
+    if named(Check::LostWorker) {
+        tokens::answers_end_with_the_device(&ComputeDevice::Cuda { ordinal: options.device, folders });
+        return ExitCode::SUCCESS;
+    }
+    if wants(Check::Sharing) {
+        let bench = Bench::new(device.clone(), options.seed, 0);
+        sharing::mappings(&bench);
+        sharing::between_cards(&bench, &folders);
+        sharing::between_processes(&bench, &["--opens"]);
+    }
     if wants(Check::Conformance) {
         conformance::run(&device);
         println!("conformance: holds");

@@ -5,6 +5,7 @@ mod attention;
 mod layers;
 mod moves;
 mod sampling;
+pub mod sharing;
 pub mod tokens;
 
 use cairn_gpu::backend::cuda::{CudaDevice, CudaMemory, CudaStream};

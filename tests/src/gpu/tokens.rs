@@ -194,3 +194,33 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
     server.audit().expect("the server's books are in order");
     println!("tokens: the same with the cache off, cold and warm, alone and beside others");
 }
+
+/// A worker whose device is lost ends the answers in progress with an error, and refuses what comes after. Only for the emulator.
+///
+/// # Panics
+/// When it waits, or answers.
+pub fn answers_end_with_the_device(device: &ComputeDevice) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut model = crate::tiny_config();
+        for (key, value) in [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6)] {
+            model[key] = value.into();
+        }
+        crate::write_checkpoint(folder.path(), &model);
+        let (server, _) = server_and_client(config(512)).await;
+        let worker = Worker::start(options(device, folder.path(), &server)).await.expect("a worker");
+        let url = format!("http://{}/v1/completions", worker.address());
+        let ask = |body: Value| reqwest::Client::new().post(&url).json(&body).send();
+        let body = json!({"prompt": prompt(50, 1), "max_tokens": 1500, "ignore_eos": true, "temperature": 0});
+        let first = tokio::time::timeout(Duration::from_secs(60), ask(body.clone()))
+            .await
+            .expect("no answer for ever");
+        let first = first.expect("an HTTP answer").status();
+        assert!(first.is_server_error(), "an answer by a lost device: {first}");
+        let next = tokio::time::timeout(Duration::from_secs(5), ask(body)).await.expect("no answer for ever");
+        let next = next.expect("an HTTP answer").status();
+        assert!(next.is_server_error(), "an answer after the device was lost: {next}");
+        println!("lost: the answer in progress ended with {first}, the next with {next}");
+    });
+}

@@ -1,5 +1,6 @@
 //! `cairn doctor`: what this machine has, what Cairn makes of it, what is missing, what that costs, and what mends it. Nothing is changed.
 
+mod gpus;
 mod probes;
 
 use crate::CliError;

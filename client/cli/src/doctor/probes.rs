@@ -1,5 +1,6 @@
 //! The single looks at a machine. Files of the kernel are read below a root, so that tests can show other machines.
 
+use super::gpus::Gpus;
 use super::{Finding, Verdict};
 use rustix::process::{Resource, getrlimit};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub(super) struct Machine {
     locked_bytes: Option<u64>,
     files: Option<u64>,
     rdma: Result<Vec<String>, String>,
+    gpus: Gpus,
 }
 
 impl Machine {
@@ -40,6 +42,7 @@ impl Machine {
             locked_bytes: limit(Resource::Memlock),
             files: limit(Resource::Nofile),
             rdma,
+            gpus: Gpus::this(),
         }
     }
 
@@ -58,7 +61,8 @@ impl Machine {
     pub(super) fn examine(&self, folder: Option<&Path>) -> Vec<Finding> {
         let mut findings = vec![self.cpu(), self.memory(), self.numa(), self.huge_pages()];
         findings.extend([self.locked(), self.files(), self.uring(), self.socket_buffers()]);
-        findings.extend([self.gpus(), self.rdma()]);
+        findings.extend(self.gpus.examine());
+        findings.push(self.rdma());
         match folder {
             Some(folder) => findings.extend(self.disk(folder)),
             None => findings.push(
@@ -219,22 +223,6 @@ impl Machine {
         ))
     }
 
-    fn gpus(&self) -> Finding {
-        let cards = self.entries("proc/driver/nvidia/gpus");
-        let driver = self.read("proc/driver/nvidia/version");
-        let version = driver.as_deref().and_then(|text| text.lines().next()).unwrap_or("no driver");
-        if cards.is_empty() {
-            return Finding::new("GPU", "none found", Verdict::Absent, "the runtime computes on the CPU");
-        }
-        let here = format!("{} of NVIDIA; {version}", cards.len());
-        Finding::new(
-            "GPU",
-            here,
-            Verdict::Absent,
-            "not used by this version: the runtime computes on the CPU",
-        )
-    }
-
     fn rdma(&self) -> Finding {
         let devices = self.entries("sys/class/infiniband");
         let here = if devices.is_empty() { "none found".to_owned() } else { devices.join(", ") };
@@ -329,6 +317,7 @@ fn direct(folder: &Path) -> Finding {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use cairn_gpu::backend::cuda::Absence;
 
     /// A machine that is described by files.
     fn machine(files: &[(&str, &str)]) -> (tempfile::TempDir, Machine) {
@@ -345,6 +334,7 @@ mod tests {
             locked_bytes: None,
             files: Some(65_536),
             rdma: Err("without".into()),
+            gpus: Gpus { devices: Err(Absence::NoLibrary), cards: 0, nvrtc: None, cublaslt: false },
         };
         (root, machine)
     }
@@ -366,7 +356,6 @@ mod tests {
             ),
             ("proc/sys/net/core/rmem_max", "8388608"),
             ("proc/sys/net/core/wmem_max", "8388608"),
-            ("proc/driver/nvidia/gpus/0000:01:00.0/information", ""),
             ("sys/class/infiniband/mlx5_0/x", ""),
         ]);
         let findings = machine.examine(None);

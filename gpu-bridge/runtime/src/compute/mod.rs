@@ -7,7 +7,7 @@ mod host;
 use crate::forward::Row;
 use crate::model::{Model, ModelConfig};
 use bytes::Bytes;
-use cairn_gpu::backend::cuda::{KernelFolders, probe};
+use cairn_gpu::backend::cuda::{CudaInfo, KernelFolders, cublaslt_is_here, nvrtc_version, probe};
 use cairn_gpu::{BlockMove, Device, DeviceError, Event, HostDevice, HostPinned, PagedShape, Slot};
 use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, SampleSetting};
 use cuda::CudaCompute;
@@ -27,33 +27,52 @@ pub enum ComputeDevice {
         /// Where compiled kernels are.
         folders: KernelFolders,
     },
+    /// On the first device of CUDA that can run the model, or else on the CPU.
+    Auto {
+        /// Where compiled kernels are.
+        folders: KernelFolders,
+    },
 }
 
 impl ComputeDevice {
-    /// The first CUDA device that can run the model, or the CPU and why.
-    pub fn find(config: &ModelConfig, block_tokens: usize, folders: KernelFolders) -> (Self, String) {
-        let devices = match probe() {
-            Ok(devices) => devices,
-            Err(absence) => return (Self::Cpu, absence.to_string()),
+    /// What is meant for a model, and why.
+    pub fn resolve(&self, config: &ModelConfig, block_tokens: usize) -> (Self, String) {
+        let Self::Auto { folders } = self else {
+            return (self.clone(), "as asked for".into());
         };
-        if let Err(why) = heads(config, block_tokens).check() {
-            return (Self::Cpu, why);
-        }
-        match devices.iter().find(|device| device.architecture >= LEAST_ARCHITECTURE) {
-            Some(device) => (Self::Cuda { ordinal: device.ordinal, folders }, device.name.clone()),
-            None => {
-                (Self::Cpu, format!("no CUDA device of compute capability {LEAST_ARCHITECTURE} or later"))
+        match usable(config, block_tokens, folders) {
+            Ok(device) => {
+                (Self::Cuda { ordinal: device.ordinal, folders: folders.clone() }, device.name.clone())
             }
+            Err(why) => (Self::Cpu, why),
         }
     }
 
     /// Mixed into the fingerprint of a model: state that was computed elsewhere differs in its last bits.
-    pub(crate) const fn tag(&self) -> Option<&'static str> {
-        match self {
-            Self::Cpu => None,
+    pub(crate) fn tag(&self, config: &ModelConfig, block_tokens: usize) -> Option<&'static str> {
+        match self.resolve(config, block_tokens).0 {
             Self::Cuda { .. } => Some("cuda"),
+            _ => None,
         }
     }
+}
+
+/// The first CUDA device on which a model can be computed.
+fn usable(
+    config: &ModelConfig,
+    block_tokens: usize,
+    folders: &KernelFolders,
+) -> Result<&'static CudaInfo, String> {
+    let devices = probe().map_err(|absence| absence.to_string())?;
+    heads(config, block_tokens).check()?;
+    if !cublaslt_is_here() {
+        return Err("libcublasLt is not here".into());
+    }
+    if folders.ahead.is_none() {
+        nvrtc_version().map_err(|error| error.to_string())?;
+    }
+    let recent = devices.iter().find(|device| device.architecture >= LEAST_ARCHITECTURE);
+    recent.ok_or_else(|| format!("no CUDA device of compute capability {LEAST_ARCHITECTURE} or later"))
 }
 
 /// The logits after every token of a prompt, computed in one pass: `tokens × vocabulary`. For comparing devices.
@@ -174,11 +193,15 @@ impl Compute {
         shape: PagedShape,
         (rows, wanted): (usize, usize),
     ) -> Result<Self, DeviceError> {
+        let (device, why) = device.resolve(&model.config, shape.block_tokens);
         match device {
-            ComputeDevice::Cpu => HostCompute::new(model.clone(), shape).map(Self::Host),
             ComputeDevice::Cuda { ordinal, folders } => {
-                let made = CudaCompute::new(*ordinal, folders.clone(), model, shape, (rows, wanted))?;
+                let made = CudaCompute::new(ordinal, folders, model, shape, (rows, wanted))?;
                 Ok(Self::Cuda(Box::new(made)))
+            }
+            ComputeDevice::Cpu | ComputeDevice::Auto { .. } => {
+                tracing::info!(why, "computing on the CPU");
+                HostCompute::new(model.clone(), shape).map(Self::Host)
             }
         }
     }

@@ -92,7 +92,6 @@ struct Scratch {
 
 /// A model on a device, with one stream's buffers.
 pub struct Decoder {
-    device: CudaDevice,
     stream: Arc<CudaStream>,
     kernels: ModelKernels,
     gemm: Arc<Gemm>,
@@ -250,10 +249,9 @@ impl DecoderLoader {
         let output = output.map_or(Ok(embedded), |output| self.matrix(output, vocabulary, hidden))?;
         let scratch = self.scratch()?;
         self.stream.synchronize()?;
-        let Self { device, stream, kernels, gemm, shape, layers } = self;
+        let Self { stream, kernels, gemm, shape, layers, .. } = self;
         let (partials, graphs) = (Partials::default(), HashMap::new());
         Ok(Decoder {
-            device,
             stream,
             kernels,
             gemm,

@@ -188,12 +188,17 @@ impl Weight {
     }
 }
 
+/// Whether libcublasLt is on this host.
+pub fn cublaslt_is_here() -> bool {
+    // SAFETY: loads a library by name, as a process linked with it would.
+    unsafe { sys::is_culib_present() }
+}
+
 impl Gemm {
     /// # Errors
     /// When the library is missing or refuses.
     pub fn new(device: &CudaDevice, act: ActType) -> Result<Arc<Self>, DeviceError> {
-        // SAFETY: loads a library by name, as a process linked with it would.
-        if !unsafe { sys::is_culib_present() } {
+        if !cublaslt_is_here() {
             let text = "libcublasLt is not here: install CUDA's cuBLAS (Python package nvidia-cublas) and put its folder on LD_LIBRARY_PATH";
             return Err(DeviceError::Failed(text.into()));
         }

@@ -7,6 +7,7 @@
 use super::context::{Context, check};
 use crate::DeviceError;
 use cudarc::driver::sys;
+use memmap2::MmapRaw;
 use std::ffi::c_void;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,8 +16,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 enum Origin {
     Allocated,
     Pinned,
-    /// Registered; whoever owns the mapping is kept alive with it.
-    Registered(#[allow(dead_code)] Box<dyn Send + Sync>),
+    /// Registered; the mapping is kept with it.
+    Registered {
+        writable: bool,
+        _map: Arc<MmapRaw>,
+    },
     /// Memory of another process's device allocation.
     Opened,
 }
@@ -40,7 +44,7 @@ impl Drop for Area {
             match &self.origin {
                 Origin::Allocated => sys::cuMemFree_v2(self.address),
                 Origin::Pinned => sys::cuMemFreeHost(pointer),
-                Origin::Registered(_) => sys::cuMemHostUnregister(pointer),
+                Origin::Registered { .. } => sys::cuMemHostUnregister(pointer),
                 Origin::Opened => sys::cuIpcCloseMemHandle(self.address),
             }
         };
@@ -202,26 +206,27 @@ impl CudaShared {
         Arc::try_unwrap(self.0).map(CudaPinned).map_err(Self)
     }
 
-    /// # Safety
-    /// `memory` must be mapped, in whole pages, as long as `owner` lives, and be neither unmapped nor given other pages.
-    pub(super) unsafe fn register(
+    pub(super) fn register(
         context: &Arc<Context>,
-        memory: *const u8,
-        bytes: usize,
-        read_only: bool,
-        owner: Box<dyn Send + Sync>,
+        map: Arc<MmapRaw>,
+        writable: bool,
     ) -> Result<Self, DeviceError> {
         context.enter()?;
         let mut flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
-        if read_only {
+        if !writable {
             flags |= sys::CU_MEMHOSTREGISTER_READ_ONLY;
         }
-        // SAFETY: the caller vouches for the memory.
-        check("cuMemHostRegister", unsafe {
-            sys::cuMemHostRegister_v2(memory as *mut c_void, bytes, flags)
-        })?;
-        let origin = Origin::Registered(owner);
-        Ok(Self(Arc::new(Area { context: context.clone(), address: memory as u64, bytes, origin })))
+        let (pointer, bytes) = (map.as_mut_ptr().cast::<c_void>(), map.len());
+        // SAFETY: mapped as long as `map`, which is kept with the registration; it gives out pointers only, so no reference covers what copies
+        // write. A mapping that cannot be written is refused by the driver unless it is registered as such.
+        check("cuMemHostRegister", unsafe { sys::cuMemHostRegister_v2(pointer, bytes, flags) })?;
+        let (address, origin) = (pointer as u64, Origin::Registered { writable, _map: map });
+        Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, origin })))
+    }
+
+    /// Whether copies may write it.
+    pub(super) fn is_writable(&self) -> bool {
+        !matches!(self.0.origin, Origin::Registered { writable: false, .. })
     }
 
     /// Bytes.

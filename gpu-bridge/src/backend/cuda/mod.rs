@@ -17,7 +17,7 @@ mod stream;
 pub use batch::{Batch, BatchLimits, BatchRow, Plan};
 pub use context::{Absence, CudaInfo, probe};
 pub use decoder::{Decoder, DecoderLoader, DecoderShape, Hooks, LayerSource, NoHooks, Numbers, Pool};
-pub use gemm::{Gemm, Weight};
+pub use gemm::{Gemm, Weight, cublaslt_is_here};
 pub use kernels::{HeadExtras, KernelSpec, ModelKernels, Partials, PoolLayer};
 pub use memory::{CudaMemory, CudaPinned, CudaShared, IpcHandle, Part};
 pub use programs::{
@@ -28,6 +28,7 @@ pub use stream::{CudaStream, Stopwatch};
 use crate::{Device, DeviceError, PagedShape, Priority};
 use cairn_kernels::cuda::WireType;
 use context::Context;
+use memmap2::MmapRaw;
 use memory::{Lent, PinnedPool};
 use programs::Programs;
 use std::sync::Arc;
@@ -85,24 +86,13 @@ impl CudaDevice {
         CudaMemory::open_shared(&self.context, handle, bytes)
     }
 
-    /// Registers memory of this process that something else owns, a cache server's chunk for example, so that copies go there and back without
-    /// the CPU. `read_only`: the mapping cannot be written.
-    ///
-    /// # Safety
-    /// `memory` must be mapped, in whole pages, as long as `owner` lives, and be neither unmapped nor given other pages meanwhile. Nothing
-    /// may hold a Rust reference to bytes that copies write.
+    /// Registers mapped memory of this process, a cache server's chunk for example, so that copies go there and back without the CPU. Only
+    /// a `writable` mapping may be the target of one.
     ///
     /// # Errors
     /// When it is not whole pages, already registered, or the driver cannot pin it.
-    pub unsafe fn register(
-        &self,
-        memory: *const u8,
-        bytes: usize,
-        read_only: bool,
-        owner: Box<dyn Send + Sync>,
-    ) -> Result<CudaShared, DeviceError> {
-        // SAFETY: as the caller says.
-        unsafe { CudaShared::register(&self.context, memory, bytes, read_only, owner) }
+    pub fn register(&self, map: Arc<MmapRaw>, writable: bool) -> Result<CudaShared, DeviceError> {
+        CudaShared::register(&self.context, map, writable)
     }
 
     /// The kernels that move blocks of a pool's own format.

@@ -410,6 +410,7 @@ impl CudaStream {
         staging: &Buffer<CudaDevice>,
         moves: &[BlockMove],
     ) -> Result<(), DeviceError> {
+        check_writable(staging)?;
         self.move_blocks(kernels, &kernels.gather, layers, staging, pool, moves)
     }
 
@@ -492,6 +493,15 @@ fn len(buffer: &Buffer<CudaDevice>) -> usize {
     }
 }
 
+fn check_writable(target: &Buffer<CudaDevice>) -> Result<(), DeviceError> {
+    match target {
+        Buffer::Pinned(pinned) if !pinned.is_writable() => {
+            Err(DeviceError::Failed("memory that is registered for reading only".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn check_inside(offset: usize, bytes: usize, len: usize) -> Result<(), DeviceError> {
     let end = offset.saturating_add(bytes);
     if end > len { Err(DeviceError::OutOfBounds { offset, end, len }) } else { Ok(()) }
@@ -548,6 +558,7 @@ impl Stream for CudaStream {
         for Copy { source, target } in &copies {
             check_inside(source.offset, source.bytes, len(&source.buffer))?;
             check_inside(target.offset, target.bytes, len(&target.buffer))?;
+            check_writable(&target.buffer)?;
             let (from, to) = (source.bytes, target.bytes);
             if from != to {
                 return Err(DeviceError::SizeMismatch { from, to });
