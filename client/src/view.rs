@@ -9,6 +9,7 @@ use crate::lookup::Run;
 use cairn_proto::{BlockHash, Checksum, MissReason, Outcome, SpaceId, Tier};
 use cairn_transfer::shm::Pinned;
 use cairn_transfer::{FetchJob, WireKind};
+use memmap2::MmapRaw;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use tokio::time::Instant;
@@ -59,6 +60,15 @@ impl View {
         }
     }
 
+    /// The mapping in which the `index`-th block lies, and where its bytes begin there, if it is in place: for letting a device read it. Its
+    /// bytes are the block's only as long as `self`, and worth something only once [`Self::block`] has verified them.
+    pub fn mapping(&self, index: usize) -> Option<(Arc<MmapRaw>, u64)> {
+        match &self.bytes {
+            Bytes::Pinned(pinned) => pinned.mapping(self.first + index),
+            Bytes::Copied(_) => None,
+        }
+    }
+
     fn bytes(&self, index: usize) -> Result<&[u8], MissReason> {
         match &self.bytes {
             Bytes::Pinned(pinned) => pinned.bytes(self.first + index),
@@ -85,6 +95,12 @@ impl View {
 }
 
 impl CacheClient {
+    /// Whether the server's memory is mapped here, so that views are no copies.
+    pub async fn shares_memory(&self) -> bool {
+        let deadline = Instant::now() + self.options().fetch_timeout;
+        self.connection(deadline).await.is_ok_and(|connection| connection.wires.shm().is_some())
+    }
+
     /// Blocks `first..first + count` of the run, in place if the server's memory can be mapped here, else copied.
     ///
     /// # Panics

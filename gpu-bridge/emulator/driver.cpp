@@ -6,7 +6,8 @@
 // a copy faults, because every allocation is its own mapping between two pages without access; new memory holds 0xFF, not zeros.
 //
 // Settings, from the environment: CAIRN_EMULATOR_DEVICES (1), CAIRN_EMULATOR_SEED (0), CAIRN_EMULATOR_LOSE_AFTER (so many operations until the
-// device is lost; never), CAIRN_EMULATOR_MIB (memory of a device, 4096), CAIRN_EMULATOR_OLD (1: without cuMemcpyBatchAsync).
+// device is lost; never), CAIRN_EMULATOR_MIB (memory of a device, 4096), CAIRN_EMULATOR_OLD (1: without cuMemcpyBatchAsync, and without
+// registration of what can only be read).
 
 #include "driver.hpp"
 #include <atomic>
@@ -47,6 +48,7 @@ enum Result {
     LAUNCH_FAILED = 719,
     HOST_MEMORY_ALREADY_REGISTERED = 712,
     HOST_MEMORY_NOT_REGISTERED = 713,
+    NOT_SUPPORTED = 801,
 };
 
 typedef uint64_t Address;
@@ -236,8 +238,13 @@ struct IpcHandle {
 };
 static_assert(sizeof(IpcHandle) <= 64);
 
-std::map<Address, std::pair<void*, size_t>>& opened() {
-    static auto* all = new std::map<Address, std::pair<void*, size_t>>;
+struct Opened {
+    void* mapping;
+    size_t mapped, bytes;
+};
+
+std::map<Address, Opened>& opened() {
+    static auto* all = new std::map<Address, Opened>;
     return *all;
 }
 
@@ -267,6 +274,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int device) {
         case 50: return *value = 0, SUCCESS;              // PCI domain
         case 75: return *value = 9, SUCCESS;              // compute capability
         case 76: return *value = 0, SUCCESS;
+        case 91: return *value = 1, SUCCESS;                                        // registered memory under its host address
+        case 113: return *value = !setting("CAIRN_EMULATOR_OLD", 0), SUCCESS;  // read-only registration
         default: return *value = 0, SUCCESS;
     }
 }
@@ -391,10 +400,11 @@ API cuMemFree_v2(Address at) { return release(at); }
 API cuMemHostAlloc(void** at, size_t bytes, unsigned) { return allocate((Address*)at, bytes, -1); }
 API cuMemFreeHost(void* at) { return release((Address)at); }
 
-API cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
+API cuMemHostRegister_v2(void* at, size_t bytes, unsigned flags) {
     Emulator& e = emulator();
     std::unique_lock guard(e.lock);
     if (e.failed) return e.failed;
+    if ((flags & 8) && setting("CAIRN_EMULATOR_OLD", 0)) return NOT_SUPPORTED;
     if ((Address)at % PAGE || bytes % PAGE || !bytes) return INVALID_VALUE;
     for (auto& [start, length] : e.registered)
         if (start < (Address)at + bytes && (Address)at < start + length) return HOST_MEMORY_ALREADY_REGISTERED;
@@ -408,6 +418,17 @@ API cuMemHostUnregister(void* at) {
 }
 
 API cuMemHostGetDevicePointer_v2(Address* device, void* host, unsigned) { return *device = (Address)host, SUCCESS; }
+
+API cuMemGetAddressRange_v2(Address* base, size_t* size, Address at) {
+    Emulator& e = emulator();
+    std::unique_lock guard(e.lock);
+    auto shared = opened().find(at);
+    if (shared != opened().end()) return *base = at, *size = shared->second.bytes, SUCCESS;
+    auto found = e.memory.upper_bound(at);
+    if (found == e.memory.begin()) return NOT_FOUND;
+    --found;
+    return *base = found->first, *size = found->second.bytes, SUCCESS;
+}
 
 API cuMemcpyAsync(Address to, Address from, size_t bytes, Stream* stream) { return copy(stream, to, from, bytes); }
 API cuMemcpyHtoDAsync_v2(Address to, void* from, size_t bytes, Stream* stream) { return copy(stream, to, (Address)from, bytes); }
@@ -547,7 +568,7 @@ API cuIpcOpenMemHandle_v2(Address* at, Handle64 handle, unsigned) {
     if (mapping == MAP_FAILED) return OUT_OF_MEMORY;
     *at = (Address)(mapping + rounded - (wanted.bytes + 15) / 16 * 16);
     std::unique_lock guard(emulator().lock);
-    opened()[*at] = {mapping, rounded};
+    opened()[*at] = Opened{mapping, rounded, wanted.bytes};
     return SUCCESS;
 }
 
@@ -555,7 +576,7 @@ API cuIpcCloseMemHandle(Address at) {
     std::unique_lock guard(emulator().lock);
     auto found = opened().find(at);
     if (found == opened().end()) return INVALID_VALUE;
-    munmap(found->second.first, found->second.second);
+    munmap(found->second.mapping, found->second.mapped);
     opened().erase(found);
     return SUCCESS;
 }

@@ -306,6 +306,7 @@ static inline unsigned short bf16_of(float x) {
 }
 static inline unsigned pack_bf16(float low, float high) { return bf16_of(low) | (unsigned)bf16_of(high) << 16; }
 static inline unsigned short float_to_f16(float x) {
+    if (x != x) return 0x7fff;
     _Float16 y = (_Float16)x;
     unsigned short bits;
     memcpy(&bits, &y, 2);
@@ -314,6 +315,7 @@ static inline unsigned short float_to_f16(float x) {
 static inline float f16_to_float(unsigned short bits) {
     _Float16 y;
     memcpy(&y, &bits, 2);
+    if (y != y) return __uint_as_float(0x7fffffffu);
     return (float)y;
 }
 static inline float bf16_widened(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }

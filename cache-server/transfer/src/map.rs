@@ -6,10 +6,11 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// A mapping.
 pub(crate) struct Map {
-    map: MmapRaw,
+    map: Arc<MmapRaw>,
     bytes: u64,
 }
 
@@ -17,15 +18,20 @@ impl Map {
     /// For reading. A file that could shrink under the mapping would kill the reader: it must be sealed against that.
     pub(crate) fn read_only(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         let len = checked(&fd, bytes)?;
-        let map = MmapOptions::new().len(len).map_raw_read_only(&File::from(fd))?;
+        let map = Arc::new(MmapOptions::new().len(len).map_raw_read_only(&File::from(fd))?);
         Ok(Self { map, bytes })
     }
 
     /// For reading and writing.
     pub(crate) fn writable(fd: OwnedFd, bytes: u64) -> io::Result<Self> {
         let len = checked(&fd, bytes)?;
-        let map = MmapOptions::new().len(len).map_raw(&File::from(fd))?;
+        let map = Arc::new(MmapOptions::new().len(len).map_raw(&File::from(fd))?);
         Ok(Self { map, bytes })
+    }
+
+    /// The mapping itself, for those who let a device read it.
+    pub(crate) fn raw(&self) -> &Arc<MmapRaw> {
+        &self.map
     }
 
     /// Its first byte.

@@ -73,6 +73,7 @@ struct F32 {
     typedef float Storage;
     static __device__ __forceinline__ float widen(float x) { return x; }
     static __device__ __forceinline__ float narrow(float x) { return x; }
+    static __device__ __forceinline__ float narrow_finite(float x) { return x; }
     static __device__ __forceinline__ Eight load(const float* at) {
         float4 a = *(const float4*)at, b = *(const float4*)(at + 4);
         return Eight{{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
@@ -87,6 +88,7 @@ struct Bf16 {
     typedef u16 Storage;
     static __device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
     static __device__ __forceinline__ u16 narrow(float x) { return (u16)pack_bf16(x, 0.0f); }
+    static __device__ __forceinline__ u16 narrow_finite(float x) { return narrow(x); }
     static __device__ __forceinline__ u32 pack(float low, float high) { return pack_bf16(low, high); }
     static __device__ __forceinline__ void product(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(d, a, b0, b1); }
     static __device__ __forceinline__ Eight load(const u16* at) {
@@ -110,6 +112,8 @@ struct F16 {
     typedef u16 Storage;
     static __device__ __forceinline__ float widen(u16 x) { return f16_to_float(x); }
     static __device__ __forceinline__ u16 narrow(float x) { return float_to_f16(x); }
+    // Without infinities: what a row stores must not spoil others, whose weights of it are zero.
+    static __device__ __forceinline__ u16 narrow_finite(float x) { return float_to_f16(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
     static __device__ __forceinline__ u32 pack(float low, float high) {
         return (u32)float_to_f16(low) | (u32)float_to_f16(high) << 16;
     }

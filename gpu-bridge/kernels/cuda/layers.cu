@@ -125,8 +125,8 @@ extern "C" __global__ void __launch_bounds__(256) rotate(const RotateParams p) {
             a = left;
             b = right;
         }
-        to[i] = KV::narrow(a);
-        to[i + half] = KV::narrow(b);
+        to[i] = KV::narrow_finite(a);
+        to[i + half] = KV::narrow_finite(b);
     }
 }
 EXPORT(rotate, RotateParams)

@@ -56,26 +56,48 @@ __device__ __forceinline__ u32 tasks(const MoveParams& p) { return p.count * p.l
 __device__ __forceinline__ u32 first_task() { return (blockIdx.x * blockDim.x + threadIdx.x) / WARP; }
 __device__ __forceinline__ u32 task_step() { return gridDim.x * blockDim.x / WARP; }
 
+// Eight elements on their way from format A to format B; as they are where the formats are one, so that no bit changes, not even of what is not a
+// number.
+template <class A, class B> struct Passing {
+    Eight values;
+    __device__ __forceinline__ void load(const typename A::Storage* at) { values = A::load(at); }
+    __device__ __forceinline__ void store(typename B::Storage* at, float factor) {
+        if (Same<A, E4m3>::value || Same<B, E4m3>::value) {
+#pragma unroll
+            for (int j = 0; j < 8; j++) values.x[j] *= factor;
+        }
+        B::store(at, values);
+    }
+};
+
+template <class A> struct Passing<A, A> {
+    uint4 words[sizeof(typename A::Storage) / 2];
+    __device__ __forceinline__ void load(const typename A::Storage* at) {
+#pragma unroll
+        for (u32 i = 0; i < sizeof(words) / 16; i++) words[i] = ((const uint4*)at)[i];
+    }
+    __device__ __forceinline__ void store(typename A::Storage* at, float) {
+#pragma unroll
+        for (u32 i = 0; i < sizeof(words) / 16; i++) ((uint4*)at)[i] = words[i];
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(256) scatter(const MoveParams p) {
     u32 lane = threadIdx.x % WARP;
     for (u32 task = first_task(); task < tasks(p); task += task_step()) {
         Place at = place(p, task);
         float scale = Same<WIRE, E4m3>::value ? *at.scale : 1.0f;
         for (u32 begin = 0; begin < STEPS; begin += AHEAD) {
-            Eight values[AHEAD];
+            Passing<WIRE, KV> values[AHEAD];
 #pragma unroll
             for (u32 i = 0; i < AHEAD; i++) {
                 u32 u = (begin + i) * WARP + lane;
-                if (u < UNITS) values[i] = WIRE::load(at.canonical + canonical_at(u));
+                if (u < UNITS) values[i].load(at.canonical + canonical_at(u));
             }
 #pragma unroll
             for (u32 i = 0; i < AHEAD; i++) {
                 u32 u = (begin + i) * WARP + lane;
-                if (Same<WIRE, E4m3>::value) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) values[i].x[j] *= scale;
-                }
-                if (u < UNITS) KV::store(at.pooled + u * 8, values[i]);
+                if (u < UNITS) values[i].store(at.pooled + u * 8, scale);
             }
         }
     }
@@ -101,20 +123,16 @@ extern "C" __global__ void __launch_bounds__(256) gather(const MoveParams p) {
             if (lane == 0) *at.scale = scale;
         }
         for (u32 begin = 0; begin < STEPS; begin += AHEAD) {
-            Eight values[AHEAD];
+            Passing<KV, WIRE> values[AHEAD];
 #pragma unroll
             for (u32 i = 0; i < AHEAD; i++) {
                 u32 u = (begin + i) * WARP + lane;
-                if (u < UNITS) values[i] = KV::load(at.pooled + u * 8);
+                if (u < UNITS) values[i].load(at.pooled + u * 8);
             }
 #pragma unroll
             for (u32 i = 0; i < AHEAD; i++) {
                 u32 u = (begin + i) * WARP + lane;
-                if (Same<WIRE, E4m3>::value) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) values[i].x[j] *= factor;
-                }
-                if (u < UNITS) WIRE::store(at.canonical + canonical_at(u), values[i]);
+                if (u < UNITS) values[i].store(at.canonical + canonical_at(u), factor);
             }
         }
     }

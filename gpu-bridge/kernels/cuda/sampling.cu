@@ -30,7 +30,8 @@ __device__ __forceinline__ u32 largest_of(const float* logits, u32 width, float*
     for (u32 i = 0; i < SAMPLE_WARPS; i++) {
         if (values[i] > best || (values[i] == best && ids[i] < id)) best = values[i], id = ids[i];
     }
-    return id;
+    // Where nothing is a number nothing is larger: then some id that exists.
+    return id < width ? id : 0;
 }
 
 __device__ __forceinline__ float weight_of(float logit, float max, float slope) { return power_of_two((logit - max) * slope); }

@@ -1,6 +1,6 @@
 //! The way between an engine and the cache: loads and publishes run here, on tokio, while the engine computes.
 
-use crate::compute::{Gathered, Stager, Staging};
+use crate::compute::{Gathered, LoadedBlocks, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
 use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, WireKind};
@@ -65,7 +65,7 @@ pub(crate) struct Loaded {
     /// Blocks from the start that the cache has; `None` when it cannot be reached.
     pub(crate) resident: Option<usize>,
     /// Verified blocks from `first` on, in canonical order.
-    pub(crate) staging: Option<Staging>,
+    pub(crate) arrived: Option<LoadedBlocks>,
     pub(crate) blocks: usize,
     /// How they came.
     pub(crate) wire: Option<WireKind>,
@@ -128,12 +128,16 @@ impl Share {
         let started = Instant::now();
         let mut delegated = false;
         let mut staging = None;
+        let in_place = job.stager.reads_mappings() && self.client.shares_memory().await;
         let (lookup, fetched) = if job.may_delegate && self.delegate.is_some() {
             let mut lookup = self.client.lookup(&self.space, &job.hashes).await;
             delegated = self.delegate(&job, lookup.resident()).await;
             if delegated {
                 lookup = self.client.lookup(&self.space, &job.hashes).await;
             }
+            (lookup, Fetched { outcomes: Vec::new(), wire: None })
+        } else if in_place {
+            let lookup = self.client.lookup(&self.space, &job.hashes).await;
             (lookup, Fetched { outcomes: Vec::new(), wire: None })
         } else {
             // Nobody knows yet how much there is: room for the first blocks, which come with the answer.
@@ -146,18 +150,20 @@ impl Share {
         let mut loaded = Loaded {
             id: job.id,
             resident: self.client.is_connected().then_some(resident),
-            staging: None,
+            arrived: None,
             blocks: 0,
             wire: fetched.wire,
             delegated,
             elapsed: Duration::ZERO,
         };
         let end = resident.min(job.first + job.room);
-        if let Some(run) = lookup.run.as_ref().filter(|_| end > job.first)
+        if let Some(run) = lookup.run.as_ref().filter(|_| in_place && end > job.first) {
+            self.view(run, &job, end, &mut loaded).await;
+        } else if let Some(run) = lookup.run.as_ref().filter(|_| end > job.first)
             && let Some(mut staging) = self.enough(&job.stager, staging, end - job.first)
         {
             (loaded.blocks, loaded.wire) = self.fetch_rest(run, &job, end, fetched, &mut staging).await;
-            loaded.staging = (loaded.blocks > 0).then_some(staging);
+            loaded.arrived = (loaded.blocks > 0).then_some(LoadedBlocks::Staged(staging));
         }
         loaded.elapsed = started.elapsed();
         loaded
@@ -209,6 +215,23 @@ impl Share {
         let memory = staging.map_or(Default::default(), AsMut::as_mut);
         let mut targets: Vec<&mut [u8]> = memory.chunks_exact_mut(block_bytes).take(FETCH_BLOCKS).collect();
         self.client.read(&self.space, &job.hashes, job.first, &mut targets).await
+    }
+
+    /// Blocks up to `end` of the run where the server has them, verified; what is not in place is none.
+    async fn view(&self, run: &Run, job: &LoadJob, end: usize, loaded: &mut Loaded) {
+        let view = self.client.fetch_view(run, job.first, end - job.first).await;
+        loaded.wire = view.wire();
+        // Verifying reads every byte once.
+        let verified = tokio::task::spawn_blocking(move || {
+            let blocks = (0..view.len()).take_while(|index| view.block(*index).is_ok()).count();
+            (view, blocks)
+        });
+        let Ok((view, blocks)) = verified.await else { return };
+        if let Some(Err(outcome)) = (blocks < view.len()).then(|| view.block(blocks)) {
+            tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
+        }
+        loaded.blocks = blocks;
+        loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(view));
     }
 
     /// Blocks up to `end` of the run, or to the first that did not arrive whole: how many there are after those that were read with the

@@ -1,8 +1,9 @@
 //! Checks this host's CUDA device, or the emulator where that is loaded instead. Ends with 0 when all holds, 3 when there is no device.
 
 use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
-use cairn_gpu::conformance;
+use cairn_gpu::{HostDevice, conformance};
 use cairn_runtime::ComputeDevice;
+use cairn_tests::gpu::speed::{self, Figure};
 use cairn_tests::gpu::{Bench, sharing, tokens};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -23,6 +24,10 @@ enum Check {
     Sharing,
     /// The runtime against the CPU's, and through a cache.
     Tokens,
+    /// What the device does in a second, beside its limits. Not on the emulator.
+    Speed,
+    /// What needs no device: the host device, and the runtime on the CPU; only by name.
+    Host,
     /// A device that is lost in the middle: only with the emulator, and only by name.
     Lost,
     /// A worker whose device is lost, likewise.
@@ -45,6 +50,9 @@ struct Options {
     /// Folder that keeps compiled kernels.
     #[arg(long)]
     kernel_cache: Option<PathBuf>,
+    /// File for the figures of `speed`, as JSON.
+    #[arg(long)]
+    report: Option<PathBuf>,
     /// What the second process of `sharing` is given.
     #[arg(long, hide = true)]
     opens: Option<String>,
@@ -55,6 +63,15 @@ struct Options {
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if options.checks == [Check::Host] {
+        conformance::run(&HostDevice);
+        tokens::identical_through_the_cache(&ComputeDevice::Cpu, options.seed);
+        tokens::identical_in_a_crowd(&ComputeDevice::Cpu, options.seed);
+        println!(
+            "host: the host device conforms, and the CPU's runtime gives the same tokens through a cache"
+        );
+        return ExitCode::SUCCESS;
+    }
     let devices = match probe() {
         Ok(devices) => devices,
         Err(absence) => {
@@ -98,13 +115,49 @@ fn main() -> ExitCode {
         println!("conformance: holds");
     }
     if wants(Check::Kernels) {
-        Bench::new(device, options.seed, options.cases).kernels();
+        Bench::new(device.clone(), options.seed, options.cases).kernels();
         println!("kernels: all agree, seed {}", options.seed);
     }
     if wants(Check::Tokens) {
-        let device = ComputeDevice::Cuda { ordinal: options.device, folders };
+        let device = ComputeDevice::Cuda { ordinal: options.device, folders: folders.clone() };
         tokens::agree_with_the_cpu(&device, options.seed);
         tokens::identical_through_the_cache(&device, options.seed);
+        tokens::identical_in_a_crowd(&device, options.seed);
+    }
+    if wants(Check::Speed) {
+        if Bench::new(device.clone(), 0, 0).is_emulated() {
+            println!("SKIPPED: speed: the emulator has none");
+        } else {
+            measure(&device, &ComputeDevice::Cuda { ordinal: options.device, folders }, &options);
+        }
     }
     ExitCode::SUCCESS
+}
+
+fn measure(device: &CudaDevice, compute: &ComputeDevice, options: &Options) {
+    let bench = Bench::new(device.clone(), options.seed, 0);
+    let mut figures = speed::copies(&bench);
+    figures.extend(speed::moves(&bench));
+    figures.extend([speed::decode(&bench), speed::prefill(&bench), speed::first_token(compute)]);
+    if let Some(path) = &options.report {
+        let figures: Vec<_> = figures.iter().map(Figure::json).collect();
+        let report = serde_json::json!({"card": device.info().name, "version": env!("CARGO_PKG_VERSION"), "figures": figures});
+        if let Err(error) = std::fs::write(path, report.to_string()) {
+            println!("cannot write {}: {error}", path.display());
+        }
+    }
+    println!("{}", device.info().name);
+    for figure in figures {
+        let verdict = match figure.goal {
+            Some(goal) if (figure.unit == "ms") == (figure.ratio() <= goal) => "reached",
+            Some(_) => "MISSED",
+            None => "",
+        };
+        let goal = figure.goal.map(|goal| format!("goal {goal}")).unwrap_or_default();
+        let Figure { what, value, unit, limit: (limit, name), .. } = &figure;
+        println!(
+            "{what:<50} {value:>9.2} {unit:<7} {:>6.3} of {limit:.2} ({name})  {goal} {verdict}",
+            figure.ratio()
+        );
+    }
 }

@@ -4,14 +4,17 @@
 mod attention;
 mod layers;
 mod moves;
+mod products;
 mod sampling;
 pub mod sharing;
+pub mod speed;
 pub mod tokens;
 
 use cairn_gpu::backend::cuda::{CudaDevice, CudaMemory, CudaStream};
 use cairn_gpu::{Buffer, Copy, Device, Priority, Region, Stream};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::sync::Arc;
 
 /// What output buffers hold before a kernel writes them.
 const POISON: u8 = 0xA5;
@@ -21,7 +24,7 @@ pub struct Bench {
     /// The device.
     pub device: CudaDevice,
     /// Where all work of a check goes.
-    pub stream: CudaStream,
+    pub stream: Arc<CudaStream>,
     rng: StdRng,
     /// How many random cases of each kind.
     pub cases: usize,
@@ -31,7 +34,7 @@ impl Bench {
     /// # Panics
     /// When the device has no stream.
     pub fn new(device: CudaDevice, seed: u64, cases: usize) -> Self {
-        let stream = device.stream(Priority::Foreground).expect("a stream");
+        let stream = Arc::new(device.stream(Priority::Foreground).expect("a stream"));
         Self { device, stream, rng: StdRng::seed_from_u64(seed), cases }
     }
 
@@ -45,6 +48,7 @@ impl Bench {
             layers::check(self, case);
             attention::check(self, case);
             sampling::check(self);
+            products::check(self, case);
         }
     }
 
@@ -91,6 +95,11 @@ impl Bench {
     /// So many numbers around zero.
     fn numbers(&mut self, count: usize, spread: f32) -> Vec<f32> {
         (0..count).map(|_| self.rng.random_range(-spread..spread)).collect()
+    }
+
+    /// Whether the device is the emulator.
+    pub fn is_emulated(&self) -> bool {
+        self.device.info().name.starts_with("Emulated")
     }
 
     fn below(&mut self, limit: usize) -> usize {

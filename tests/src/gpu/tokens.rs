@@ -97,6 +97,16 @@ fn lead(logits: &[f32]) -> (usize, f32) {
     (ids[0], logits[ids[0]] - logits[ids[1]])
 }
 
+/// A client that waits: an emulated device leaves little of the machine to others.
+fn patient(server: &Server) -> ClientOptions {
+    let mut client = ClientOptions::new(format!("http://{}", server.address()));
+    client.connect_timeout = Duration::from_secs(30);
+    client.lookup_timeout = Duration::from_secs(30);
+    client.fetch_timeout = Duration::from_secs(30);
+    client.publish_timeout = Duration::from_secs(30);
+    client
+}
+
 fn options(device: &ComputeDevice, folder: &std::path::Path, server: &Server) -> WorkerOptions {
     WorkerOptions {
         listen: ([127, 0, 0, 1], 0).into(),
@@ -104,7 +114,7 @@ fn options(device: &ComputeDevice, folder: &std::path::Path, server: &Server) ->
         model_name: Some("small".into()),
         weight_type: WeightType::Bf16,
         role: Role::Both,
-        cache: Some(ClientOptions::new(format!("http://{}", server.address()))),
+        cache: Some(patient(server)),
         prefill: None,
         prefill_timeout: Duration::from_secs(20),
         delegate_min_tokens: 64,
@@ -190,9 +200,85 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
         ask(&third, &others[1], true, 0.0),
     );
     assert!(a.loaded > 400, "the answer's blocks are loaded: {}", a.loaded);
-    assert_eq!([a, b, c, d].map(|answer| answer.tokens).to_vec(), apart, "together differs from apart");
+    for (i, (together, apart)) in [a, b, c, d].iter().zip(&apart).enumerate() {
+        assert_eq!(
+            &together.tokens, apart,
+            "answer {i} together differs from apart; {} tokens loaded",
+            together.loaded
+        );
+    }
     server.audit().expect("the server's books are in order");
+    likeliest(device, &first, &[prompt, off.tokens].concat());
     println!("tokens: the same with the cache off, cold and warm, alone and beside others");
+}
+
+/// The answer at the end of a sequence is what the logits of one pass over all of it say.
+fn likeliest(device: &ComputeDevice, worker: &Worker, tokens: &[u32]) {
+    let config = &worker.model().config;
+    let shape = PagedShape {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_tokens: 16,
+        slots: tokens.len().div_ceil(16),
+        kv_type: KvType::Bf16,
+    };
+    let logits = prompt_logits(worker.model(), device, shape, tokens).expect("computed");
+    let best: Vec<u32> =
+        logits.chunks_exact(config.vocabulary).map(|logits| lead_of(logits) as u32).collect();
+    let answer = tokens.len() - 24;
+    assert_eq!(best[answer - 1..tokens.len() - 1], tokens[answer..], "the answer is not what the logits say");
+}
+
+/// A pool that is too small for what is asked at once: sequences are put back, slots are used again while blocks still leave, requests are
+/// cancelled while blocks arrive; and still every answer is what it is alone.
+///
+/// # Panics
+/// When one is not.
+pub fn identical_in_a_crowd(device: &ComputeDevice, seed: u64) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(crowd(device, seed));
+}
+
+async fn crowd(device: &ComputeDevice, seed: u64) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut model = crate::tiny_config();
+    for (key, value) in
+        [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6), ("num_hidden_layers", 2)]
+    {
+        model[key] = value.into();
+    }
+    crate::write_checkpoint(folder.path(), &model);
+    let (server, _) = server_and_client(config(4096)).await;
+    let prompts: Vec<Vec<u32>> = (0..6).map(|i| prompt(150 + 33 * i, seed + i as u64 / 2)).collect();
+    let start = |pool_tokens, chunk_tokens, local_reuse| {
+        let mut options = options(device, folder.path(), &server);
+        options.engine.pool_tokens = pool_tokens;
+        options.engine.chunk_tokens = chunk_tokens;
+        options.engine.local_reuse = local_reuse;
+        Worker::start(options)
+    };
+    let roomy = start(2048, 2048, true).await.expect("a worker");
+    let mut alone = Vec::new();
+    for prompt in &prompts {
+        alone.push(ask(&roomy, prompt, false, 0.0).await.tokens);
+    }
+    let tight = start(480, 48, false).await.expect("a worker");
+    for _ in 0..2 {
+        let leaves = prompts.iter().map(|prompt| {
+            let (ask, seed) = (ask(&tight, prompt, true, 0.0), seed);
+            async move { drop(tokio::time::timeout(Duration::from_millis(20 + seed % 30), ask).await) }
+        });
+        futures::future::join_all(leaves).await;
+        let all = prompts.iter().map(|prompt| ask(&tight, prompt, true, 0.0));
+        let answers = futures::future::join_all(all).await;
+        for (i, (answer, alone)) in answers.iter().zip(&alone).enumerate() {
+            assert_eq!(&answer.tokens, alone, "prompt {i} in a crowd");
+        }
+    }
+    assert!(server.usage().resident_blocks > 20, "blocks were published meanwhile");
+    server.audit().expect("the server's books are in order");
+    println!("tokens: the same in a crowd that a small pool cannot hold");
 }
 
 /// A worker whose device is lost ends the answers in progress with an error, and refuses what comes after. Only for the emulator.

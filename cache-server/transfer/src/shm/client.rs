@@ -14,6 +14,7 @@ use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, pb};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use memmap2::MmapRaw;
 use prost::Message;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -435,6 +436,15 @@ impl Pinned {
                 // and counts this pin as a reader until it is given up or `self.pins` is closed, both after the borrow ends.
                 Ok(unsafe { std::slice::from_raw_parts(start, self.block_bytes as usize) })
             }
+        }
+    }
+
+    /// The mapping in which a block lies, and where its bytes begin there, if they are the server's own. The mapping may be kept; the bytes
+    /// are the block's only as long as `self`.
+    pub fn mapping(&self, block: usize) -> Option<(Arc<MmapRaw>, u64)> {
+        match self.blocks.get(&block) {
+            Some(View::Mapped(map, offset)) => Some((map.raw().clone(), *offset)),
+            _ => None,
         }
     }
 

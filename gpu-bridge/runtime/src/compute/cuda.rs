@@ -7,18 +7,29 @@
 use super::{Gathered, Pass, heads, moves};
 use crate::model::Model;
 use bytes::Bytes;
+use cairn_client::View;
 use cairn_gpu::backend::cuda::{
     BatchRow, CudaDevice, CudaMemory, CudaPinned, CudaShared, CudaStream, Decoder, DecoderLoader,
-    DecoderShape, Hooks, KernelFolders, KernelSpec, LayerSource, MoveKernels, NoHooks, Plan, Pool,
+    DecoderShape, Hooks, KernelFolders, KernelSpec, LayerSource, MoveKernels, Plan, Pool,
 };
 use cairn_gpu::{BlockMove, Buffer, Device, DeviceError, Event, KvType, PagedShape, Priority, Slot, Stream};
 use cairn_kernels::PackedMatrix;
 use cairn_kernels::WeightType;
 use cairn_kernels::cuda::ActType;
 use half::bf16;
+use memmap2::MmapRaw;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Mappings that are registered at a time: they keep memory that the server has given up from being freed.
+const REGISTERED: usize = 256;
+
+/// Rows for which passes of answers are captured.
+const GRAPH_ROWS: [usize; 10] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64];
+
+/// Where blocks must begin for the kernels to read them.
+const ALIGNMENT: u64 = 16;
 
 /// How long the last handle of a gather's memory may lag behind its event.
 const LETTING_GO: Duration = Duration::from_millis(1);
@@ -33,8 +44,12 @@ pub(crate) struct CudaCompute {
     gathers: CudaStream,
     /// Of each layer, what passes have to wait for.
     loading: Vec<Vec<Event>>,
+    /// Rows of a pass, and results, at most.
+    most_rows: usize,
     /// Slots that are being read, by the event after which they are not.
     leaving: HashMap<Slot, Event>,
+    /// Mappings of the cache server's memory that copies read, by their address.
+    registered: HashMap<usize, CudaShared>,
     /// Blocks that the last pass completed, by their slots.
     complete: Vec<(Vec<Slot>, Event, CudaShared)>,
 }
@@ -90,7 +105,9 @@ impl CudaCompute {
             loads: device.stream(Priority::Foreground)?,
             gathers: device.stream(Priority::Background)?,
             loading: vec![Vec::new(); shape.layers],
+            most_rows: rows.min(wanted),
             leaving: HashMap::new(),
+            registered: HashMap::new(),
             complete: Vec::new(),
             device,
         })
@@ -109,23 +126,33 @@ impl CudaCompute {
     pub(super) fn pass(&mut self, pass: &Pass<'_>) -> Result<Vec<u32>, DeviceError> {
         self.complete.clear();
         self.wait_for_leaving(pass)?;
-        let rows: Vec<BatchRow<'_>> = pass
+        self.loading.iter_mut().for_each(|layer| layer.retain(|event| event.outcome().is_none()));
+        let mut rows: Vec<BatchRow<'_>> = pass
             .rows
             .iter()
             .map(|row| BatchRow { token: row.token, position: row.position, slots: row.slots })
             .collect();
-        let wanted: Vec<usize> = pass.wanted.iter().map(|(row, _)| *row).collect();
+        let mut wanted: Vec<usize> = pass.wanted.iter().map(|(row, _)| *row).collect();
         let settings: Vec<_> = pass.wanted.iter().map(|(_, setting)| *setting).collect();
+        let captured = pass.answers && !self.is_loading();
+        if captured {
+            self.pad(&mut rows, &mut wanted);
+        }
         let plan =
             Plan::new(self.decoder.spec().shape, self.decoder.limits(self.shape.slots), &rows, &wanted)?;
         let pool = Pool { memory: &self.pool, shape: &self.shape };
-        let idle = self.loading.iter().all(Vec::is_empty) && pass.completes.is_empty();
-        if pass.answers && idle {
+        if captured {
+            // What it completes leaves afterwards.
             self.decoder.forward_answers(pool, plan)?;
             return self.decoder.sample(&settings);
         }
-        let begin = |slots: &Vec<Slot>| Ok((self.begin_gather(slots)?, moves(&self.shape, slots)));
-        let leaving = pass.completes.iter().map(begin).collect::<Result<Vec<_>, DeviceError>>()?;
+        // What finds no memory to go to now is gathered when it is asked for, or not at all.
+        let mut leaving: Vec<Leaves<'_>> = Vec::new();
+        for slots in pass.completes {
+            if let Ok(memory) = self.begin_gather(slots) {
+                leaving.push((slots, memory, moves(&self.shape, slots)));
+            }
+        }
         let mut overlap = Overlap {
             loading: &mut self.loading,
             gathers: &self.gathers,
@@ -133,16 +160,29 @@ impl CudaCompute {
             pool: &self.pool,
             leaving: &leaving,
         };
-        if idle {
-            self.decoder.forward(pool, plan, &mut NoHooks)?;
-        } else {
-            self.decoder.forward(pool, plan, &mut overlap)?;
-        }
-        for (slots, (memory, _)) in pass.completes.iter().zip(leaving) {
+        self.decoder.forward(pool, plan, &mut overlap)?;
+        for (slots, memory, _) in leaving {
             let event = self.end_gather(slots)?;
             self.complete.push((slots.clone(), event, memory));
         }
         self.decoder.sample(&settings)
+    }
+
+    /// Whether passes have to wait for blocks that are on their way.
+    pub(super) fn is_loading(&self) -> bool {
+        self.loading.iter().flatten().any(|event| event.outcome().is_none())
+    }
+
+    /// The last row again, until a captured graph has the number of rows: it computes and stores the same once more.
+    fn pad(&self, rows: &mut Vec<BatchRow<'_>>, wanted: &mut Vec<usize>) {
+        let Some(last) = rows.last().copied() else { return };
+        let padded = GRAPH_ROWS.into_iter().find(|padded| *padded >= rows.len());
+        if let Some(padded) = padded.filter(|padded| *padded <= self.most_rows && wanted.len() == rows.len())
+        {
+            // Each with a result of its own: no row is chosen twice.
+            wanted.extend(rows.len()..padded);
+            rows.resize(padded, last);
+        }
     }
 
     /// Before a slot is written again its block must have left.
@@ -150,23 +190,92 @@ impl CudaCompute {
         self.leaving.retain(|_, event| event.outcome().is_none());
         for row in pass.rows {
             let slot = row.slots[row.position / self.shape.block_tokens];
-            if let Some(event) = self.leaving.remove(&slot) {
-                self.decoder.stream().wait(&event)?;
+            if let Some(event) = self.leaving.get(&slot) {
+                self.decoder.stream().wait(event)?;
             }
         }
         Ok(())
     }
 
     pub(super) fn place(&mut self, staging: CudaPinned, slots: &[Slot]) -> Result<(), DeviceError> {
-        for slot in slots {
-            if let Some(event) = self.leaving.remove(slot) {
-                self.loads.wait(&event)?;
+        let staging = Buffer::Pinned(self.device.share(staging));
+        self.scatter(&[(staging, moves(&self.shape, slots))], None)
+    }
+
+    /// Places verified blocks straight out of the cache server's memory; by way of a copy where that cannot be registered.
+    pub(super) fn place_view(&mut self, view: View, slots: &[Slot]) -> Result<(), DeviceError> {
+        let mut sources: Vec<(Buffer<CudaDevice>, Vec<BlockMove>)> = Vec::new();
+        let mut copied: Vec<(usize, Slot)> = Vec::new();
+        let mut last: Option<(usize, usize)> = None;
+        for (index, slot) in slots.iter().enumerate() {
+            let found = view.mapping(index).filter(|(_, offset)| offset.is_multiple_of(ALIGNMENT));
+            let found = found.and_then(|(map, offset)| Some((self.registered(&map)?, map, offset)));
+            let Some((memory, map, offset)) = found else {
+                copied.push((index, *slot));
+                continue;
+            };
+            let address = map.as_ptr().addr();
+            let place = match last.filter(|(at, _)| *at == address) {
+                Some((_, place)) => place,
+                None => {
+                    sources.push((Buffer::Pinned(memory), Vec::new()));
+                    sources.len() - 1
+                }
+            };
+            last = Some((address, place));
+            sources[place].1.push(BlockMove { staging_offset: offset as usize, slot: slot.0 as usize });
+        }
+        if !copied.is_empty() {
+            let bytes = self.shape.block_bytes();
+            let mut staging = self.device.lend_pinned(copied.len() * bytes)?;
+            for ((index, _), to) in copied.iter().zip(staging.as_mut().chunks_exact_mut(bytes)) {
+                let block = view.block(*index).map_err(|outcome| DeviceError::Failed(outcome.to_string()))?;
+                to.copy_from_slice(block);
+            }
+            let slots: Vec<Slot> = copied.into_iter().map(|(_, slot)| slot).collect();
+            sources.push((Buffer::Pinned(self.device.share(staging)), moves(&self.shape, &slots)));
+        }
+        self.scatter(&sources, Some(view))
+    }
+
+    /// A mapping of the cache server's memory, registered with the device; none if that cannot be.
+    fn registered(&mut self, map: &Arc<MmapRaw>) -> Option<CudaShared> {
+        let address = map.as_ptr().addr();
+        if let Some(memory) = self.registered.get(&address) {
+            return Some(memory.clone());
+        }
+        if self.registered.len() >= REGISTERED
+            && let Some(any) = self.registered.keys().next().copied()
+        {
+            self.registered.remove(&any);
+        }
+        match self.device.register(map.clone(), false) {
+            Ok(memory) => Some(self.registered.entry(address).or_insert(memory).clone()),
+            Err(error) => {
+                tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
+                None
             }
         }
-        let staging = Buffer::Pinned(self.device.share(staging));
-        let moves = moves(&self.shape, slots);
+    }
+
+    /// Issues the moves, layer by layer. Until the device has read them the blocks of `view` stay as they are.
+    fn scatter(
+        &mut self,
+        sources: &[(Buffer<CudaDevice>, Vec<BlockMove>)],
+        mut view: Option<View>,
+    ) -> Result<(), DeviceError> {
+        for each in sources.iter().flat_map(|(_, moves)| moves) {
+            if let Some(event) = self.leaving.get(&Slot(each.slot as u32)) {
+                self.loads.wait(event)?;
+            }
+        }
         for layer in 0..self.shape.layers {
-            self.loads.scatter_layers(&self.kernels, layer..layer + 1, &staging, &self.pool, &moves)?;
+            for (staging, moves) in sources {
+                self.loads.scatter_layers(&self.kernels, layer..layer + 1, staging, &self.pool, moves)?;
+            }
+            if layer + 1 == self.shape.layers {
+                self.loads.keep(view.take())?;
+            }
             self.loading[layer].push(self.loads.record()?);
         }
         Ok(())
@@ -191,7 +300,7 @@ impl CudaCompute {
 
     fn begin_gather(&self, slots: &[Slot]) -> Result<CudaShared, DeviceError> {
         let bytes = slots.len() * self.shape.block_bytes();
-        Ok(self.device.share(self.device.allocate_pinned(bytes)?))
+        Ok(self.device.share(self.device.lend_pinned(bytes)?))
     }
 
     fn end_gather(&mut self, slots: &[Slot]) -> Result<Event, DeviceError> {
@@ -201,13 +310,16 @@ impl CudaCompute {
     }
 }
 
+/// Blocks that leave: their slots, the memory they go to, and where each has its place.
+type Leaves<'a> = (&'a Vec<Slot>, CudaShared, Vec<BlockMove>);
+
 /// What happens beside the layers of a pass.
 struct Overlap<'a> {
     loading: &'a mut [Vec<Event>],
     gathers: &'a CudaStream,
     kernels: &'a MoveKernels,
     pool: &'a CudaMemory,
-    leaving: &'a [(CudaShared, Vec<BlockMove>)],
+    leaving: &'a [Leaves<'a>],
 }
 
 impl Hooks for Overlap<'_> {
@@ -220,7 +332,7 @@ impl Hooks for Overlap<'_> {
             return Ok(());
         }
         self.gathers.wait(&stream.record()?)?;
-        for (memory, moves) in self.leaving {
+        for (_, memory, moves) in self.leaving {
             let staging = Buffer::Pinned(memory.clone());
             self.gathers.gather_layers(self.kernels, layer..layer + 1, self.pool, &staging, moves)?;
         }

@@ -7,6 +7,7 @@ mod host;
 use crate::forward::Row;
 use crate::model::{Model, ModelConfig};
 use bytes::Bytes;
+use cairn_client::View;
 use cairn_gpu::backend::cuda::{CudaInfo, KernelFolders, cublaslt_is_here, nvrtc_version, probe};
 use cairn_gpu::{BlockMove, Device, DeviceError, Event, HostDevice, HostPinned, PagedShape, Slot};
 use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, SampleSetting};
@@ -146,6 +147,14 @@ impl AsMut<[u8]> for Staging {
     }
 }
 
+/// Verified blocks that are to be placed.
+pub(crate) enum LoadedBlocks {
+    /// One after the other.
+    Staged(Staging),
+    /// Where the cache server has them.
+    InPlace(View),
+}
+
 /// Gives staging memory to loads, from any thread.
 #[derive(Clone)]
 pub(crate) enum Stager {
@@ -154,10 +163,15 @@ pub(crate) enum Stager {
 }
 
 impl Stager {
+    /// Whether the device copies out of memory that others have mapped.
+    pub(crate) fn reads_mappings(&self) -> bool {
+        matches!(self, Self::Cuda(device) if device.registers_read_only())
+    }
+
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Staging, DeviceError> {
         match self {
             Self::Host => HostDevice.allocate_pinned(bytes).map(Staging::Host),
-            Self::Cuda(device) => device.allocate_pinned(bytes).map(Staging::Cuda),
+            Self::Cuda(device) => device.lend_pinned(bytes).map(Staging::Cuda),
         }
     }
 }
@@ -222,12 +236,22 @@ impl Compute {
         }
     }
 
+    /// Whether the next pass waits for blocks that are on their way: then its time is not that of computing.
+    pub(crate) fn is_loading(&self) -> bool {
+        match self {
+            Self::Host(_) => false,
+            Self::Cuda(compute) => compute.is_loading(),
+        }
+    }
+
     /// Puts loaded blocks into slots of the pool. On a device this is issued and overlaps with the passes that follow: each of their
     /// layers waits for its own part.
-    pub(crate) fn place(&mut self, staging: Staging, slots: &[Slot]) -> Result<(), DeviceError> {
-        match (self, staging) {
-            (Self::Host(compute), Staging::Host(staging)) => compute.place(staging, slots),
-            (Self::Cuda(compute), Staging::Cuda(staging)) => compute.place(staging, slots),
+    pub(crate) fn place(&mut self, blocks: LoadedBlocks, slots: &[Slot]) -> Result<(), DeviceError> {
+        use LoadedBlocks::{InPlace, Staged};
+        match (self, blocks) {
+            (Self::Host(compute), Staged(Staging::Host(staging))) => compute.place(staging, slots),
+            (Self::Cuda(compute), Staged(Staging::Cuda(staging))) => compute.place(staging, slots),
+            (Self::Cuda(compute), InPlace(view)) => compute.place_view(view, slots),
             _ => Err(DeviceError::Failed("staging memory of another device".into())),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::costs::Costs;
 use super::{Command, EngineOptions, Finish, Sequence, Update, Work};
-use crate::compute::{Compute, Pass, Staging};
+use crate::compute::{Compute, LoadedBlocks, Pass};
 use crate::forward::Row;
 use crate::model::Model;
 use crate::share::{LoadJob, Loaded, PublishBatch, Share};
@@ -252,8 +252,8 @@ impl Loop {
         if count > 0 && !loaded.delegated {
             self.costs.loaded((count * self.shape.block_bytes()) as u64, loaded.elapsed);
         }
-        if let Some(staging) = loaded.staging
-            && let Err(error) = self.scatter(&mut sequence, staging, count)
+        if let Some(arrived) = loaded.arrived
+            && let Err(error) = self.scatter(&mut sequence, arrived, count)
         {
             tracing::error!(%error, "loaded blocks could not be placed; they are computed instead");
         }
@@ -263,13 +263,13 @@ impl Loop {
     fn scatter(
         &mut self,
         sequence: &mut Sequence,
-        staging: Staging,
+        arrived: LoadedBlocks,
         count: usize,
     ) -> Result<(), DeviceError> {
         let first = sequence.named;
         let slots = &sequence.slots[first..first + count];
         let bytes = self.shape.block_bytes();
-        self.compute.place(staging, slots)?;
+        self.compute.place(arrived, slots)?;
         for (slot, hash) in slots.iter().zip(&sequence.hashes[first..]) {
             self.blocks.name(*slot, *hash);
         }
@@ -285,9 +285,20 @@ impl Loop {
     fn step(&mut self) -> Result<bool, DeviceError> {
         let mut running = std::mem::take(&mut self.running);
         let parts = self.plan(&mut running);
-        let began = Instant::now();
-        let tokens = self.compute(&mut running, &parts)?;
-        self.took(&running, &parts, began.elapsed());
+        let (began, waits) = (Instant::now(), self.compute.is_loading());
+        let tokens = match self.compute(&mut running, &parts) {
+            Ok(tokens) => tokens,
+            Err(error @ DeviceError::Lost(_)) => return Err(error),
+            Err(error) => {
+                // Memory, most likely: what is waiting may need less.
+                tracing::error!(%error, requests = running.len(), "a pass failed; its requests end with an error");
+                running.iter().for_each(|sequence| self.let_go(sequence));
+                return Ok(true);
+            }
+        };
+        if !waits {
+            self.took(&running, &parts, began.elapsed());
+        }
         let mut tokens = tokens.into_iter();
         for part in &parts {
             let sequence = &mut running[part.sequence];
@@ -424,7 +435,15 @@ impl Loop {
         };
         while shared < full {
             let end = full.min(shared + PUBLISH_BATCH);
-            let gathered = Some(self.compute.gather(&sequence.slots[shared..end])?);
+            let gathered = match self.compute.gather(&sequence.slots[shared..end]) {
+                Ok(gathered) => Some(gathered),
+                Err(error @ DeviceError::Lost(_)) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "blocks cannot leave the device; the rest of this sequence is not offered to the cache");
+                    sequence.shared = None;
+                    return Ok(());
+                }
+            };
             let hashes = sequence.hashes[shared..end].to_vec();
             let parent = shared.checked_sub(1).map(|block| sequence.hashes[block]);
             let stored = sequence.stored.clone();

@@ -5,6 +5,7 @@ use super::memory::CudaMemory;
 use super::stream::CudaStream;
 use crate::{DeviceError, Slot};
 use cairn_kernels::cuda::{HeadShape, SPLIT_KEYS, Tile};
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// Limits that the indices of a batch are checked against.
@@ -67,15 +68,17 @@ impl Plan {
         if let Some(row) = chosen.iter().find(|row| **row >= rows.len()) {
             return wrong(format!("row {row} of {}", rows.len()));
         }
+        let distinct: HashSet<usize> = chosen.iter().copied().collect();
+        if distinct.len() != chosen.len() {
+            // The last norm adds to what it reads: once.
+            return wrong("a row is chosen twice".into());
+        }
         for row in rows {
             if row.token as usize >= limits.vocabulary || row.position >= limits.positions {
                 return wrong(format!("token {} at position {} is out of range", row.token, row.position));
             }
             if row.position / shape.block_tokens >= row.slots.len() {
                 return wrong(format!("position {} is beyond the slots of its sequence", row.position));
-            }
-            if let Some(slot) = row.slots.iter().find(|slot| slot.0 as usize >= limits.slots) {
-                return wrong(format!("slot {} of {}", slot.0, limits.slots));
             }
         }
         let mut words = Vec::new();
@@ -86,9 +89,15 @@ impl Plan {
             words.resize(words.len().next_multiple_of(4), 0);
             range
         };
-        let (mut tables, mut starts, mut tiles) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tables, mut starts) = (Vec::new(), Vec::new());
+        // A row alone has too little work for one warp a head: its context is spread.
+        let (mut alone, mut together) = (Vec::new(), Vec::new());
         for sequence in sequences(rows) {
             let first = &rows[sequence.start];
+            if let Some(slot) = first.slots.iter().find(|slot| slot.0 as usize >= limits.slots) {
+                return wrong(format!("slot {} of {}", slot.0, limits.slots));
+            }
+            let tiles = if sequence.len() == 1 { &mut alone } else { &mut together };
             let start = tables.len() as u32;
             tables.extend(first.slots.iter().map(|slot| slot.0));
             starts.resize(sequence.end, start);
@@ -98,9 +107,7 @@ impl Plan {
                 tiles.push(Tile { first_row: first_row as u32, rows: count as u32, start, first_position });
             }
         }
-        // A row alone has too little work for one warp a head: its context is spread.
-        let (alone, together): (Vec<Tile>, Vec<Tile>) = tiles.into_iter().partition(|tile| tile.rows == 1);
-        let longest = alone.iter().map(|tile| tile.first_position as usize + 1).max().unwrap_or(0);
+        let longest = alone.iter().map(|tile: &Tile| tile.first_position as usize + 1).max().unwrap_or(0);
         let flat = |tiles: &[Tile]| bytemuck::cast_slice::<Tile, u32>(tiles).to_vec();
         Ok(Self {
             shape,
@@ -140,7 +147,7 @@ fn sequences(rows: &[BatchRow<'_>]) -> Vec<Range<usize>> {
     let mut start = 0;
     for end in 1..=rows.len() {
         let same = |a: &BatchRow<'_>, b: &BatchRow<'_>| {
-            std::ptr::eq(a.slots.as_ptr(), b.slots.as_ptr()) && a.position + 1 == b.position
+            std::ptr::eq(a.slots, b.slots) && a.position + 1 == b.position
         };
         if end == rows.len() || !same(&rows[end - 1], &rows[end]) {
             found.push(start..end);
@@ -195,11 +202,13 @@ impl Batch {
 
     /// Whether another plan has its arrays at the same places, so that launches that were captured may run with it.
     pub(super) fn takes(&self, plan: &Plan) -> bool {
-        let places = |plan: &Plan| {
-            let Plan { rows, tokens, positions, starts, chosen, prefill, decode, tables, .. } = plan.clone();
-            (rows, tokens, positions, starts, chosen, prefill, decode, tables.start)
+        let sections = |plan: &Plan| {
+            [&plan.tokens, &plan.positions, &plan.starts, &plan.chosen, &plan.prefill, &plan.decode]
+                .map(Range::clone)
         };
-        places(plan) == places(&self.plan)
+        plan.rows == self.plan.rows
+            && sections(plan) == sections(&self.plan)
+            && plan.tables.start == self.plan.tables.start
             && (plan.shape, plan.limits) == (self.plan.shape, self.plan.limits)
             && 4 * plan.words.len() <= self.memory.len()
     }

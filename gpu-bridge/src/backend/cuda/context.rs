@@ -5,8 +5,9 @@
 
 use crate::DeviceError;
 use cudarc::driver::sys;
-use std::ffi::{CStr, c_int};
-use std::sync::{Arc, OnceLock};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_int, c_void};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use thiserror::Error;
 
 /// Why there is no CUDA here.
@@ -61,6 +62,10 @@ fn is_fatal(code: sys::CUresult) -> bool {
             | CUDA_ERROR_INVALID_ADDRESS_SPACE
             | CUDA_ERROR_INVALID_PC
             | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_CONTAINED
+            | CUDA_ERROR_EXTERNAL_DEVICE
+            | CUDA_ERROR_TENSOR_MEMORY_LEAK
+            | CUDA_ERROR_MPS_CLIENT_TERMINATED
             | CUDA_ERROR_UNKNOWN
     )
 }
@@ -167,6 +172,19 @@ fn describe(ordinal: c_int, count: c_int) -> Result<CudaInfo, DeviceError> {
     })
 }
 
+/// Registered host memory is used under its host address, so the device must do that at all.
+fn read_only(device: sys::CUdevice) -> Result<ReadOnly, DeviceError> {
+    use sys::CUdevice_attribute::*;
+    if attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, device)? == 0 {
+        return Ok(ReadOnly::No);
+    }
+    if attribute(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, device)? != 0 {
+        return Ok(ReadOnly::Flag);
+    }
+    let plain = attribute(CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES, device)? != 0;
+    Ok(if plain { ReadOnly::Plain } else { ReadOnly::No })
+}
+
 fn reaches(from: c_int, to: c_int) -> bool {
     let mut can: c_int = 0;
     let (Ok(from), Ok(to)) = (device(from), device(to)) else { return false };
@@ -193,6 +211,30 @@ pub(super) struct Context {
     pub(super) priorities: (c_int, c_int),
     /// `cuMemcpyBatchAsync` in the form of CUDA 13.
     pub(super) batched_copies: bool,
+    /// How mappings that cannot be written are registered.
+    pub(super) read_only: ReadOnly,
+    /// Pinned memory that is free, by its size.
+    pinned: Mutex<Pinned>,
+}
+
+/// How mappings that cannot be written are registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReadOnly {
+    /// By a flag of the driver's.
+    Flag,
+    /// Like any other: the device follows the host's page tables.
+    Plain,
+    /// Not at all.
+    No,
+}
+
+/// Bytes of free pinned memory that are kept.
+const FREE_PINNED_BYTES: usize = 1 << 30;
+
+#[derive(Default)]
+struct Pinned {
+    free: HashMap<usize, Vec<u64>>,
+    bytes: usize,
 }
 
 // SAFETY: a context may be made current in any number of threads; handles are plain values.
@@ -211,7 +253,9 @@ impl Context {
         // SAFETY: the context is written; it is released in `drop`.
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) })?;
         let setup = std::ptr::null_mut();
-        let mut context = Self { info, raw, device, setup, priorities: (0, 0), batched_copies: false };
+        let (priorities, batched_copies, pinned) = ((0, 0), false, Mutex::default());
+        let read_only = read_only(device)?;
+        let mut context = Self { info, raw, device, setup, priorities, batched_copies, read_only, pinned };
         context.enter()?;
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: two numbers are written.
@@ -226,6 +270,25 @@ impl Context {
         })?;
         context.batched_copies = has_call(b"cuMemcpyBatchAsync_v2\0");
         Ok(Arc::new(context))
+    }
+
+    /// Free pinned memory of a size, if there is some.
+    pub(super) fn take_pinned(&self, capacity: usize) -> Option<u64> {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = pinned.free.get_mut(&capacity)?.pop()?;
+        pinned.bytes -= capacity;
+        Some(address)
+    }
+
+    /// Keeps pinned memory that nobody uses any more; says whether there was room.
+    pub(super) fn give_back(&self, address: u64, capacity: usize) -> bool {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = pinned.bytes + capacity <= FREE_PINNED_BYTES;
+        if room {
+            pinned.bytes += capacity;
+            pinned.free.entry(capacity).or_default().push(address);
+        }
+        room
     }
 
     /// Makes it the calling thread's: before every call that needs one.
@@ -260,10 +323,14 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: retained once in `open`, and the stream was made there. A failure leaves nothing to do.
+        // SAFETY: retained once in `open`, and the stream was made there; the free memory was pinned and given back. A failure leaves nothing to do.
         let _ = unsafe {
             if !self.setup.is_null() && self.enter().is_ok() {
                 let _ = sys::cuStreamDestroy_v2(self.setup);
+                let pinned = self.pinned.get_mut().unwrap_or_else(PoisonError::into_inner);
+                for address in pinned.free.drain().flat_map(|(_, addresses)| addresses) {
+                    let _ = sys::cuMemFreeHost(address as *mut c_void);
+                }
             }
             sys::cuDevicePrimaryCtxRelease_v2(self.device)
         };

@@ -104,12 +104,19 @@ pub struct Decoder {
     rope: CudaMemory,
     scratch: Scratch,
     partials: Partials,
+    /// Counts passes of answers.
+    clock: u64,
     /// Where the last eager pass had its batch.
     last_batch: Option<CudaMemory>,
-    graphs: HashMap<(usize, usize), Captured>,
+    graphs: HashMap<GraphKey, Captured>,
 }
 
+/// Rows, splits, and the pool.
+type GraphKey = (usize, usize, u64, PagedShape);
+
 struct Captured {
+    /// When it ran last.
+    used: u64,
     batch: Batch,
     graph: Graph,
 }
@@ -173,7 +180,7 @@ impl DecoderLoader {
         shape: DecoderShape,
     ) -> Result<Self, DeviceError> {
         let kernels = ModelKernels::load(device, spec)?;
-        let gemm = Gemm::new(device, spec.act)?;
+        let gemm = Gemm::new(stream.clone(), spec.act)?;
         Ok(Self { device: device.clone(), stream, kernels, gemm, shape, layers: Vec::new() })
     }
 
@@ -263,6 +270,7 @@ impl DecoderLoader {
             rope,
             scratch,
             partials,
+            clock: 0,
             last_batch: None,
             graphs,
         })
@@ -347,32 +355,43 @@ impl Decoder {
         }
         let splits = plan.splits().next_power_of_two();
         let plan = plan.with_splits(splits);
-        let key = (plan.rows(), splits);
+        let key = (plan.rows(), splits, pool.memory.address(), *pool.shape);
         if self.graphs.get(&key).is_none_or(|captured| !captured.batch.takes(&plan)) {
-            if self.graphs.len() >= GRAPHS {
-                self.graphs.clear();
-            }
             let captured = self.capture(pool, plan.clone())?;
+            if self.graphs.len() >= GRAPHS {
+                let oldest =
+                    self.graphs.iter().min_by_key(|(_, captured)| captured.used).map(|(key, _)| *key);
+                oldest.and_then(|key| self.graphs.remove(&key));
+            }
             self.graphs.insert(key, captured);
         }
         let Some(captured) = self.graphs.get_mut(&key) else {
             return Err(DeviceError::Failed("a graph was captured and is gone".into()));
         };
+        self.clock += 1;
+        captured.used = self.clock;
         captured.batch.refill(&self.stream, plan)?;
         self.stream.run(&captured.graph)
     }
 
-    fn capture(&self, pool: Pool<'_>, plan: Plan) -> Result<Captured, DeviceError> {
+    fn capture(&mut self, pool: Pool<'_>, plan: Plan) -> Result<Captured, DeviceError> {
         // Room for the slots of contexts as long as the splits allow.
         let blocks = plan.splits() * SPLIT_KEYS / self.spec().shape.block_tokens;
         let words = plan.words() + plan.rows() * blocks;
         let batch = Batch::with_room(&self.stream, plan, words)?;
-        // Memory of its own: graphs of other lengths grow theirs. Made by a first pass, which also shows errors where they happen.
-        let mut partials = Partials::default();
-        self.issue(pool, &batch, &mut partials, &mut NoHooks)?;
-        self.stream.synchronize()?;
-        let graph = self.stream.capture(|| self.issue(pool, &batch, &mut partials, &mut NoHooks))?;
-        Ok(Captured { batch, graph })
+        // All graphs of the stream have their partial results in the same place; those that were captured before it grew keep the old one. A first
+        // pass makes the room, and shows errors where they happen.
+        let mut partials = std::mem::take(&mut self.partials);
+        let before = partials.bytes();
+        let issued =
+            self.issue(pool, &batch, &mut partials, &mut NoHooks).and_then(|()| self.stream.synchronize());
+        if partials.bytes() > before {
+            self.graphs.clear();
+        }
+        let graph = issued
+            .and_then(|()| self.stream.capture(|| self.issue(pool, &batch, &mut partials, &mut NoHooks)));
+        self.partials = partials;
+        Ok(Captured { used: self.clock, batch, graph: graph? })
     }
 
     fn issue(
@@ -394,7 +413,7 @@ impl Decoder {
         };
         for (index, layer) in self.layers.iter().enumerate() {
             norm((index > 0).then_some(&delta), &layer.input_norm)?;
-            self.gemm.multiply(stream, &layer.qkv, &s.normed.all(), rows, &s.qkv.all())?;
+            self.gemm.multiply(&layer.qkv, &s.normed.all(), rows, &s.qkv.all())?;
             hooks.before_layer(stream, index)?;
             let at = PoolLayer { pool: pool.memory, shape: pool.shape, layer: index };
             let extras = (&layer.extras, epsilon);
@@ -409,11 +428,11 @@ impl Decoder {
             )?;
             hooks.after_layer(stream, index)?;
             self.kernels.attend(stream, &s.queries.all(), scale, batch, at, partials, &s.attended.all())?;
-            self.gemm.multiply(stream, &layer.attention_output, &s.attended.all(), rows, &delta)?;
+            self.gemm.multiply(&layer.attention_output, &s.attended.all(), rows, &delta)?;
             norm(Some(&delta), &layer.post_norm)?;
-            self.gemm.multiply(stream, &layer.gate_up, &s.normed.all(), rows, &s.gate_up.all())?;
+            self.gemm.multiply(&layer.gate_up, &s.normed.all(), rows, &s.gate_up.all())?;
             self.kernels.gate(stream, &s.gate_up.all(), (rows, intermediate), &s.gated.all())?;
-            self.gemm.multiply(stream, &layer.down, &s.gated.all(), rows, &delta)?;
+            self.gemm.multiply(&layer.down, &s.gated.all(), rows, &delta)?;
         }
         let chosen = batch.plan().chosen();
         if chosen == 0 {
@@ -428,7 +447,7 @@ impl Decoder {
             (hidden, epsilon),
             &s.normed.all(),
         )?;
-        self.gemm.multiply(stream, &self.output, &s.normed.all(), chosen, &s.logits.all())
+        self.gemm.multiply(&self.output, &s.normed.all(), chosen, &s.logits.all())
     }
 
     /// Chooses a token for each of the last pass's chosen rows, and waits for all that was issued.

@@ -4,7 +4,6 @@
 //! and a cached prefix would not equal a computed one. Here one algorithm without a split sum is chosen for each matrix, at a fixed number of
 //! rows, and used for every number: an element is then one sum in one order.
 
-use super::CudaDevice;
 use super::memory::{CudaMemory, Part};
 use super::stream::CudaStream;
 use crate::DeviceError;
@@ -18,6 +17,9 @@ const CHOSEN_AT_ROWS: u64 = 64;
 
 /// Memory that an algorithm may use beside its operands.
 const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// What operands are aligned to: see [`Part`].
+const ALIGNMENT: u32 = 16;
 
 /// Algorithms that are looked at for each matrix.
 const CANDIDATES: usize = 16;
@@ -125,8 +127,13 @@ impl Preference {
         // SAFETY: the preference is written.
         check("cublasLtMatmulPreferenceCreate", unsafe { sys::cublasLtMatmulPreferenceCreate(&mut raw) })?;
         let made = Self(raw);
-        let (workspace, schemes) = (WORKSPACE_BYTES, 0u32);
-        let values: [(_, *const c_void, usize); 2] = [
+        let (workspace, schemes, alignment) = (WORKSPACE_BYTES, 0u32, ALIGNMENT);
+        let aligned: *const c_void = std::ptr::from_ref(&alignment).cast();
+        let values: [(_, *const c_void, usize); 6] = [
+            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned, size_of::<u32>()),
+            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned, size_of::<u32>()),
+            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, aligned, size_of::<u32>()),
+            (CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, aligned, size_of::<u32>()),
             (
                 CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 std::ptr::from_ref(&workspace).cast(),
@@ -155,8 +162,9 @@ impl Drop for Preference {
     }
 }
 
-/// Products on one device, for one stream at a time: they share a workspace.
+/// Products on one stream, which share a workspace.
 pub struct Gemm {
+    stream: Arc<CudaStream>,
     handle: Handle,
     operation: Operation,
     workspace: CudaMemory,
@@ -169,6 +177,7 @@ pub struct Weight {
     outputs: usize,
     inputs: usize,
     algorithm: sys::cublasLtMatmulAlgo_t,
+    act: ActType,
 }
 
 impl Weight {
@@ -188,6 +197,30 @@ impl Weight {
     }
 }
 
+/// Whether an algorithm cuts the sum in parts that are added in an order of their own.
+fn splits(algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<bool, DeviceError> {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t::{
+        CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME, CUBLASLT_ALGO_CONFIG_SPLITK_NUM,
+    };
+    let mut found = [0u32; 2];
+    for (value, attribute) in
+        found.iter_mut().zip([CUBLASLT_ALGO_CONFIG_SPLITK_NUM, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME])
+    {
+        let (at, mut written) = (std::ptr::from_mut(value).cast(), 0);
+        // SAFETY: one number of four bytes is written.
+        check("cublasLtMatmulAlgoConfigGetAttribute", unsafe {
+            sys::cublasLtMatmulAlgoConfigGetAttribute(
+                algorithm,
+                attribute,
+                at,
+                size_of::<u32>(),
+                &mut written,
+            )
+        })?;
+    }
+    Ok(found[0] > 1 || found[1] != 0)
+}
+
 /// Whether libcublasLt is on this host.
 pub fn cublaslt_is_here() -> bool {
     // SAFETY: loads a library by name, as a process linked with it would.
@@ -197,18 +230,19 @@ pub fn cublaslt_is_here() -> bool {
 impl Gemm {
     /// # Errors
     /// When the library is missing or refuses.
-    pub fn new(device: &CudaDevice, act: ActType) -> Result<Arc<Self>, DeviceError> {
+    pub fn new(stream: Arc<CudaStream>, act: ActType) -> Result<Arc<Self>, DeviceError> {
         if !cublaslt_is_here() {
             let text = "libcublasLt is not here: install CUDA's cuBLAS (Python package nvidia-cublas) and put its folder on LD_LIBRARY_PATH";
             return Err(DeviceError::Failed(text.into()));
         }
-        device.context().enter()?;
+        stream.enter()?;
+        let context = stream.device().context();
         let mut raw = std::ptr::null_mut();
         // SAFETY: the handle is written.
         check("cublasLtCreate", unsafe { sys::cublasLtCreate(&mut raw) })?;
         let handle = Handle(raw);
-        let workspace = CudaMemory::allocate(device.context(), WORKSPACE_BYTES)?;
-        Ok(Arc::new(Self { handle, operation: Operation::new()?, workspace, act }))
+        let workspace = CudaMemory::allocate(context, WORKSPACE_BYTES)?;
+        Ok(Arc::new(Self { stream, handle, operation: Operation::new()?, workspace, act }))
     }
 
     /// Takes a matrix that is on the device already, and chooses how it is multiplied.
@@ -216,9 +250,13 @@ impl Gemm {
     /// # Errors
     /// When it is too small or no algorithm will do.
     pub fn weight(&self, memory: CudaMemory, outputs: usize, inputs: usize) -> Result<Weight, DeviceError> {
+        if !memory.is_of(self.stream.device().context()) {
+            return Err(DeviceError::Failed("a matrix of another device".into()));
+        }
         memory.all().holding(outputs * inputs * self.act.bytes())?;
-        let algorithm = self.choose(outputs as u64, inputs as u64)?;
-        Ok(Weight { memory, outputs, inputs, algorithm })
+        self.stream.enter()?;
+        let algorithm = self.choose(outputs as u64, inputs as u64, CHOSEN_AT_ROWS)?;
+        Ok(Weight { memory, outputs, inputs, algorithm, act: self.act })
     }
 
     fn layouts(&self, outputs: u64, inputs: u64, rows: u64) -> Result<[Layout; 3], DeviceError> {
@@ -227,8 +265,8 @@ impl Gemm {
         Ok([Layout::new(kind, inputs, outputs)?, Layout::new(kind, inputs, rows)?, of_result])
     }
 
-    fn choose(&self, outputs: u64, inputs: u64) -> Result<sys::cublasLtMatmulAlgo_t, DeviceError> {
-        let [a, b, d] = self.layouts(outputs, inputs, CHOSEN_AT_ROWS)?;
+    fn choose(&self, outputs: u64, inputs: u64, rows: u64) -> Result<sys::cublasLtMatmulAlgo_t, DeviceError> {
+        let [a, b, d] = self.layouts(outputs, inputs, rows)?;
         let preference = Preference::new()?;
         // SAFETY: plain numbers, for which zeros are valid (a status of 0 is success).
         let mut found: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
@@ -250,7 +288,8 @@ impl Gemm {
         })?;
         // It must also do for a single row and for many.
         for candidate in &found[..count.unsigned_abs() as usize] {
-            if self.does(&candidate.algo, outputs, inputs, 1)?
+            if !splits(&candidate.algo)?
+                && self.does(&candidate.algo, outputs, inputs, 1)?
                 && self.does(&candidate.algo, outputs, inputs, 4096)?
             {
                 return Ok(candidate.algo);
@@ -294,13 +333,15 @@ impl Gemm {
     /// When a buffer is too small or the device refuses.
     pub fn multiply(
         &self,
-        stream: &CudaStream,
         weight: &Weight,
         x: &Part<'_>,
         rows: usize,
         y: &Part<'_>,
     ) -> Result<(), DeviceError> {
-        let (outputs, inputs) = (weight.outputs, weight.inputs);
+        let (outputs, inputs, stream) = (weight.outputs, weight.inputs, &self.stream);
+        if weight.act != self.act || !weight.memory.is_of(stream.device().context()) {
+            return Err(DeviceError::Failed("a matrix of another format or device".into()));
+        }
         let from = x.holding(rows * inputs * self.act.bytes())?;
         let to = y.holding(rows * outputs * 4)?;
         if rows == 0 {
@@ -309,9 +350,8 @@ impl Gemm {
         let [a, b, d] = self.layouts(outputs as u64, inputs as u64, rows as u64)?;
         let (one, none) = (1f32, 0f32);
         stream.enter()?;
-        // SAFETY: the operands hold what their layouts say, the workspace as much as was promised; all of it is kept. Products of other
-        // streams do not use the workspace meanwhile (see the type).
-        check("cublasLtMatmul", unsafe {
+        // SAFETY: the operands hold what their layouts say, the workspace as much as was promised; all of it is kept.
+        let multiplied = check("cublasLtMatmul", unsafe {
             sys::cublasLtMatmul(
                 self.handle.0,
                 self.operation.0,
@@ -330,7 +370,8 @@ impl Gemm {
                 WORKSPACE_BYTES,
                 stream.raw().cast(),
             )
-        })?;
-        stream.keep((weight.memory.clone(), x.memory.clone(), y.memory.clone(), self.workspace.clone()))
+        });
+        stream.keep((weight.memory.clone(), x.memory.clone(), y.memory.clone(), self.workspace.clone()))?;
+        multiplied
     }
 }

@@ -271,21 +271,21 @@ impl ModelKernels {
         let alone = AttentionParams { tiles: decode.address, count: decode.count, ..params };
         let warps = (heads * group as u32).div_ceil(4);
         // SAFETY: the tiles of the batch name its rows, their slots are of the pool, partial results have their room, and all is kept.
-        unsafe {
-            stream.launch(
-                &self.prefill,
-                [prefill.count.div_ceil(4), heads, 1],
-                ATTENTION_THREADS,
-                &params,
-            )?;
+        let launched = unsafe {
+            let together = [prefill.count.div_ceil(4), heads, 1];
             let spread = [(splits as u32).div_ceil(4), heads, decode.count];
-            stream.launch(&self.decode, spread, ATTENTION_THREADS, &alone)?;
-            stream.launch(&self.merge, [warps, decode.count, 1], ATTENTION_THREADS, &alone)?;
-        }
+            stream
+                .launch(&self.prefill, together, ATTENTION_THREADS, &params)
+                .and_then(|()| stream.launch(&self.decode, spread, ATTENTION_THREADS, &alone))
+                .and_then(|()| {
+                    stream.launch(&self.merge, [warps, decode.count, 1], ATTENTION_THREADS, &alone)
+                })
+        };
         stream.keep((
             (queries.memory.clone(), batch.memory().clone(), at.pool.clone()),
             (partial, partial_ml, out.memory.clone()),
-        ))
+        ))?;
+        launched
     }
 
     /// A token for each of so many rows of logits (`f32`), to `out` (`u32`); `settings` holds a [`SampleSetting`] for each.
@@ -325,14 +325,19 @@ impl ModelKernels {
         if at.layer >= layers || batch.plan().limits().slots > slots {
             return Err(DeviceError::OutOfBounds { offset: at.layer, end: at.layer + 1, len: layers });
         }
-        if at.pool.len() != at.shape.pool_bytes() {
-            return Err(DeviceError::SizeMismatch { from: at.shape.pool_bytes(), to: at.pool.len() });
+        if at.shape.checked_pool_bytes() != Some(at.pool.len()) {
+            let from = at.shape.checked_pool_bytes().unwrap_or(usize::MAX);
+            return Err(DeviceError::SizeMismatch { from, to: at.pool.len() });
         }
         Ok(())
     }
 }
 
 impl Partials {
+    pub(super) fn bytes(&self) -> usize {
+        self.0.as_ref().map_or(0, |(a, b)| a.len() + b.len())
+    }
+
     fn holding(
         &mut self,
         stream: &CudaStream,

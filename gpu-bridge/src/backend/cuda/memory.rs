@@ -4,13 +4,13 @@
 //! flight names, so nothing is freed under a copy. Device memory is never a Rust reference; pinned memory is one only
 //! while a single holder has it.
 
-use super::context::{Context, check};
+use super::context::{Context, ReadOnly, check};
 use crate::DeviceError;
 use cudarc::driver::sys;
 use memmap2::MmapRaw;
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// How an address came about, and so how it is given back.
 enum Origin {
@@ -29,12 +29,17 @@ struct Area {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
+    /// What was allocated; more than `bytes` for pinned memory.
+    capacity: usize,
     origin: Origin,
 }
 
 impl Drop for Area {
     fn drop(&mut self) {
         if self.address == 0 || self.context.enter().is_err() {
+            return;
+        }
+        if matches!(self.origin, Origin::Pinned) && self.context.give_back(self.address, self.capacity) {
             return;
         }
         let pointer = self.address as *mut c_void;
@@ -69,7 +74,13 @@ impl CudaMemory {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(DeviceError::OutOfMemory { bytes }),
             code => check("cuMemAlloc", code)?,
         }
-        Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, origin: Origin::Allocated })))
+        Ok(Self(Arc::new(Area {
+            context: context.clone(),
+            address,
+            bytes,
+            capacity: bytes,
+            origin: Origin::Allocated,
+        })))
     }
 
     /// Bytes.
@@ -84,6 +95,10 @@ impl CudaMemory {
 
     pub(super) fn address(&self) -> u64 {
         self.0.address
+    }
+
+    pub(super) fn is_of(&self, context: &Arc<Context>) -> bool {
+        Arc::ptr_eq(&self.0.context, context)
     }
 
     /// A part of it.
@@ -103,7 +118,7 @@ impl CudaMemory {
     }
 
     /// A handle for [`super::CudaDevice::open_shared`] of another process. The memory must outlive its use there: whoever hands the
-    /// handle out keeps it.
+    /// handle out keeps it. CUDA shares whole granules of 2 MiB: smaller allocations take their neighbours with them.
     ///
     /// # Errors
     /// When the driver cannot share it.
@@ -126,7 +141,18 @@ impl CudaMemory {
         let lazily = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         // SAFETY: one address is written; the driver checks the handle.
         check("cuIpcOpenMemHandle", unsafe { sys::cuIpcOpenMemHandle_v2(&mut address, raw, lazily) })?;
-        Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, origin: Origin::Opened })))
+        let (mut base, mut size) = (0, 0);
+        let opened =
+            Area { context: context.clone(), address, bytes, capacity: bytes, origin: Origin::Opened };
+        // SAFETY: the address is of memory that was just opened; two numbers are written.
+        check("cuMemGetAddressRange", unsafe {
+            sys::cuMemGetAddressRange_v2(&mut base, &mut size, address)
+        })?;
+        let end = address.saturating_sub(base) as usize + bytes;
+        if end > size {
+            return Err(DeviceError::OutOfBounds { offset: 0, end, len: size });
+        }
+        Ok(Self(Arc::new(opened)))
     }
 }
 
@@ -158,20 +184,48 @@ impl Part<'_> {
 /// Pinned memory in one holder's hands.
 pub struct CudaPinned(Area);
 
+/// Pinned memory is cut in classes of a power of two and quarters of it, so that it can be used again: pinning takes longer than most of what
+/// it is used for, and freeing it may wait for the device.
+fn class(bytes: usize) -> usize {
+    let bytes = bytes.max(LEAST_PINNED_BYTES);
+    let step = (bytes.next_power_of_two() / 8).max(LEAST_PINNED_BYTES);
+    bytes.next_multiple_of(step)
+}
+
+const LEAST_PINNED_BYTES: usize = 4 << 10;
+
 impl CudaPinned {
+    /// Zeroed.
     pub(super) fn allocate(context: &Arc<Context>, bytes: usize) -> Result<Self, DeviceError> {
+        let mut memory = Self::lend(context, bytes)?;
+        memory.as_mut().fill(0);
+        Ok(memory)
+    }
+
+    /// With whatever was in it before.
+    pub(super) fn lend(context: &Arc<Context>, bytes: usize) -> Result<Self, DeviceError> {
+        let capacity = class(bytes);
+        let area =
+            |address| Area { context: context.clone(), address, bytes, capacity, origin: Origin::Pinned };
+        if let Some(address) = context.take_pinned(capacity) {
+            return Ok(Self(area(address)));
+        }
         context.enter()?;
         let mut pointer: *mut c_void = std::ptr::null_mut();
         // Readable at full speed (not write-combined), and by every device.
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE;
         // SAFETY: one pointer is written.
-        match unsafe { sys::cuMemHostAlloc(&mut pointer, bytes.max(1), flags) } {
+        match unsafe { sys::cuMemHostAlloc(&mut pointer, capacity, flags) } {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(DeviceError::OutOfMemory { bytes }),
             code => check("cuMemHostAlloc", code)?,
         }
         // SAFETY: so many bytes were just allocated and nobody else knows them.
-        unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, bytes) };
-        Ok(Self(Area { context: context.clone(), address: pointer as u64, bytes, origin: Origin::Pinned }))
+        unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, capacity) };
+        Ok(Self(area(pointer as u64)))
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.0.address
     }
 }
 
@@ -213,15 +267,21 @@ impl CudaShared {
     ) -> Result<Self, DeviceError> {
         context.enter()?;
         let mut flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
-        if !writable {
-            flags |= sys::CU_MEMHOSTREGISTER_READ_ONLY;
+        match (writable, context.read_only) {
+            (true, _) | (false, ReadOnly::Plain) => {}
+            (false, ReadOnly::Flag) => flags |= sys::CU_MEMHOSTREGISTER_READ_ONLY,
+            (false, ReadOnly::No) => {
+                return Err(DeviceError::Failed(
+                    "the device cannot read mappings that cannot be written".into(),
+                ));
+            }
         }
         let (pointer, bytes) = (map.as_mut_ptr().cast::<c_void>(), map.len());
         // SAFETY: mapped as long as `map`, which is kept with the registration; it gives out pointers only, so no reference covers what copies
         // write. A mapping that cannot be written is refused by the driver unless it is registered as such.
         check("cuMemHostRegister", unsafe { sys::cuMemHostRegister_v2(pointer, bytes, flags) })?;
         let (address, origin) = (pointer as u64, Origin::Registered { writable, _map: map });
-        Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, origin })))
+        Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, capacity: bytes, origin })))
     }
 
     /// Whether copies may write it.
@@ -241,56 +301,5 @@ impl CudaShared {
 
     pub(super) fn address(&self) -> u64 {
         self.0.address
-    }
-}
-
-/// Largest buffer that is kept for the next use, and the smallest that is made.
-const LENT_BYTES: usize = 1 << 20;
-const LEAST_LENT_BYTES: usize = 4 << 10;
-
-/// Pinned buffers for small copies, by the power of two of their size: pinning takes longer than what they are used for.
-#[derive(Default)]
-pub(super) struct PinnedPool(Mutex<Vec<CudaPinned>>);
-
-impl PinnedPool {
-    pub(super) fn lend(self: &Arc<Self>, context: &Arc<Context>, bytes: usize) -> Result<Lent, DeviceError> {
-        let size = bytes.max(LEAST_LENT_BYTES);
-        let size = if size <= LENT_BYTES { size.next_power_of_two() } else { size };
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let found =
-            free.iter().position(|buffer| buffer.0.bytes == size).map(|place| free.swap_remove(place));
-        drop(free);
-        let buffer = found.map_or_else(|| CudaPinned::allocate(context, size), Ok)?;
-        Ok(Lent { buffer: Some(buffer), bytes, pool: self.clone() })
-    }
-}
-
-/// A pinned buffer that goes back to its pool.
-pub(super) struct Lent {
-    buffer: Option<CudaPinned>,
-    bytes: usize,
-    pool: Arc<PinnedPool>,
-}
-
-impl Lent {
-    pub(super) fn address(&self) -> u64 {
-        self.buffer.as_ref().map_or(0, |buffer| buffer.0.address)
-    }
-
-    /// Its bytes. Only while no copy has it.
-    pub(super) fn bytes(&self) -> &[u8] {
-        self.buffer.as_ref().map_or(&[], |buffer| &buffer.as_ref()[..self.bytes])
-    }
-
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        let bytes = self.bytes;
-        self.buffer.as_mut().map_or(&mut [], |buffer| &mut buffer.as_mut()[..bytes])
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        let small = self.buffer.take().filter(|buffer| buffer.0.bytes <= LENT_BYTES);
-        self.pool.0.lock().unwrap_or_else(PoisonError::into_inner).extend(small);
     }
 }

@@ -27,9 +27,8 @@ pub use stream::{CudaStream, Stopwatch};
 
 use crate::{Device, DeviceError, PagedShape, Priority};
 use cairn_kernels::cuda::WireType;
-use context::Context;
+use context::{Context, ReadOnly};
 use memmap2::MmapRaw;
-use memory::{Lent, PinnedPool};
 use programs::Programs;
 use std::sync::Arc;
 
@@ -38,7 +37,6 @@ use std::sync::Arc;
 pub struct CudaDevice {
     context: Arc<Context>,
     programs: Arc<Programs>,
-    pinned: Arc<PinnedPool>,
 }
 
 impl CudaDevice {
@@ -47,8 +45,7 @@ impl CudaDevice {
     /// # Errors
     /// When there is none of that number, or it cannot be used.
     pub fn open(ordinal: usize, folders: KernelFolders) -> Result<Self, DeviceError> {
-        let programs = Arc::new(Programs::new(folders));
-        Ok(Self { context: Context::open(ordinal)?, programs, pinned: Arc::default() })
+        Ok(Self { context: Context::open(ordinal)?, programs: Arc::new(Programs::new(folders)) })
     }
 
     /// What is known of it.
@@ -111,8 +108,17 @@ impl CudaDevice {
         self.programs.moves(&self.context, shape, wire)
     }
 
-    fn lend_pinned(&self, bytes: usize) -> Result<Lent, DeviceError> {
-        self.pinned.lend(&self.context, bytes)
+    /// Pinned memory with whatever was in it before, for those who write all of it.
+    ///
+    /// # Errors
+    /// When there is not enough.
+    pub fn lend_pinned(&self, bytes: usize) -> Result<CudaPinned, DeviceError> {
+        CudaPinned::lend(&self.context, bytes)
+    }
+
+    /// Whether copies can go straight out of mappings that cannot be written.
+    pub fn registers_read_only(&self) -> bool {
+        self.context.read_only != ReadOnly::No
     }
 
     fn context(&self) -> &Arc<Context> {

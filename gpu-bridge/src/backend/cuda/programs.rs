@@ -244,21 +244,14 @@ fn image(program: &Program, architecture: u32, folders: &KernelFolders) -> Resul
     Ok(image)
 }
 
-/// A kernel with the type of its parameter.
+/// A kernel with the type of its parameter. It keeps the context that its module is loaded in.
 pub(super) struct Kernel<P> {
     raw: sys::CUfunction,
+    context: Arc<Context>,
     params: PhantomData<fn(&P)>,
 }
 
-impl<P> Clone for Kernel<P> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<P> Copy for Kernel<P> {}
-
-// SAFETY: a function is a plain handle of a module that is never unloaded.
+// SAFETY: a function is a plain handle of a module that stays loaded as long as the context.
 unsafe impl<P> Send for Kernel<P> {}
 // SAFETY: as above.
 unsafe impl<P> Sync for Kernel<P> {}
@@ -266,6 +259,10 @@ unsafe impl<P> Sync for Kernel<P> {}
 impl<P> Kernel<P> {
     pub(super) fn raw(&self) -> sys::CUfunction {
         self.raw
+    }
+
+    pub(super) fn is_of(&self, context: &Arc<Context>) -> bool {
+        Arc::ptr_eq(&self.context, context)
     }
 }
 
@@ -310,7 +307,7 @@ impl Programs {
     /// A kernel of a program, once its parameter is known to have the size of `P`.
     pub(super) fn kernel<P: Params>(
         &self,
-        context: &Context,
+        context: &Arc<Context>,
         program: &Program,
         name: &'static CStr,
     ) -> Result<Kernel<P>, DeviceError> {
@@ -327,12 +324,12 @@ impl Programs {
                 return Err(DeviceError::Failed(text));
             }
         }
-        Ok(Kernel { raw, params: PhantomData })
+        Ok(Kernel { raw, context: context.clone(), params: PhantomData })
     }
 
     pub(super) fn moves(
         &self,
-        context: &Context,
+        context: &Arc<Context>,
         shape: PagedShape,
         wire: WireType,
     ) -> Result<Arc<MoveKernels>, DeviceError> {
@@ -340,7 +337,11 @@ impl Programs {
         if let Some(kernels) = moves.get(&(shape, wire)) {
             return Ok(kernels.clone());
         }
-        if !(shape.head_dim * shape.block_tokens).is_multiple_of(8) || !shape.head_dim.is_multiple_of(8) {
+        let fits = [shape.slots, shape.layers, shape.kv_heads].iter().all(|n| u32::try_from(*n).is_ok());
+        if !fits || shape.checked_pool_bytes().is_none() {
+            return Err(DeviceError::Failed("a pool of that shape is too large".into()));
+        }
+        if !shape.head_dim.is_multiple_of(8) {
             return Err(DeviceError::Failed(format!(
                 "heads of {} elements; multiples of 8 only",
                 shape.head_dim
@@ -362,10 +363,8 @@ impl Programs {
 pub struct MoveKernels {
     pub(super) scatter: Kernel<MoveParams>,
     pub(super) gather: Kernel<MoveParams>,
-    /// Of the pool.
-    pub shape: PagedShape,
-    /// Of the blocks.
-    pub wire: WireType,
+    pub(super) shape: PagedShape,
+    wire: WireType,
 }
 
 impl MoveKernels {

@@ -12,9 +12,10 @@ use cairn_kernels::cuda::{MoveEntry, MoveParams, Params};
 use cudarc::driver::sys;
 use std::any::Any;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::panic::AssertUnwindSafe;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::ThreadId;
 
 /// Events that wait to complete; whoever records more waits for the oldest.
 const EVENTS_AHEAD: usize = 4096;
@@ -90,7 +91,28 @@ impl Drop for RawEvent {
 struct Completion {
     event: Arc<RawEvent>,
     notify: Option<Event>,
-    kept: Vec<Kept>,
+    kept: Option<Vec<Kept>>,
+}
+
+impl Completion {
+    /// Waits, says so, and lets go.
+    fn finish(mut self) {
+        let outcome = self.event.wait();
+        if let Some(event) = self.notify.take() {
+            event.complete(outcome);
+        }
+        drop(self.kept.take());
+    }
+}
+
+impl Drop for Completion {
+    /// Nobody waited: what is kept may be in use for ever.
+    fn drop(&mut self) {
+        std::mem::forget(self.kept.take());
+        if let Some(event) = self.notify.take() {
+            event.complete(Err(DeviceError::Lost("nobody waits for its events any more".into())));
+        }
+    }
 }
 
 /// A stream of a [`CudaDevice`].
@@ -99,7 +121,7 @@ pub struct CudaStream {
     raw: Arc<RawStream>,
     kept: Mutex<Vec<Kept>>,
     /// Work is recorded into a graph instead of issued.
-    capturing: AtomicBool,
+    capturing: Mutex<Option<ThreadId>>,
     descriptors: Arc<Mutex<Vec<Descriptors>>>,
     completions: SyncSender<Completion>,
 }
@@ -125,6 +147,14 @@ struct Span {
     source: u64,
     target: u64,
     bytes: usize,
+    /// Where the memories begin of which these are parts: a copy must not cross from one into the next.
+    within: [u64; 2],
+}
+
+impl Span {
+    fn new(source: u64, target: u64, bytes: usize) -> Self {
+        Self { source, target, bytes, within: [source, target] }
+    }
 }
 
 impl CudaStream {
@@ -152,7 +182,7 @@ impl CudaStream {
             device,
             raw,
             kept: Mutex::default(),
-            capturing: AtomicBool::new(false),
+            capturing: Mutex::default(),
             descriptors: Arc::default(),
             completions,
         })
@@ -167,15 +197,30 @@ impl CudaStream {
         self.raw.raw
     }
 
+    /// Before every call: while a thread captures, no other may put work here.
     pub(super) fn enter(&self) -> Result<(), DeviceError> {
+        if self.captured_by().is_some_and(|thread| thread != std::thread::current().id()) {
+            return Err(DeviceError::Failed("another thread captures this stream".into()));
+        }
         self.raw.context.enter()
     }
 
+    fn captured_by(&self) -> Option<ThreadId> {
+        *self.capturing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_captured_by(&self, thread: Option<ThreadId>) {
+        *self.capturing.lock().unwrap_or_else(PoisonError::into_inner) = thread;
+    }
+
     /// Keeps something until what was issued before now has ended.
-    pub(super) fn keep(&self, kept: impl Any + Send) -> Result<(), DeviceError> {
+    ///
+    /// # Errors
+    /// When the device is lost.
+    pub fn keep(&self, kept: impl Any + Send) -> Result<(), DeviceError> {
         let mut all = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         all.push(Box::new(kept));
-        let many = all.len() >= KEPT_AHEAD && !self.capturing.load(Ordering::Relaxed);
+        let many = all.len() >= KEPT_AHEAD && self.captured_by().is_none();
         drop(all);
         if many { self.mark(None).map(drop) } else { Ok(()) }
     }
@@ -183,6 +228,9 @@ impl CudaStream {
     /// An event behind all that was issued, with what that needs.
     fn mark(&self, notify: Option<Event>) -> Result<Arc<RawEvent>, DeviceError> {
         self.enter()?;
+        if self.captured_by().is_some() {
+            return Err(DeviceError::Failed("events are not captured".into()));
+        }
         let event = Arc::new(RawEvent::new(&self.raw.context, false)?);
         // Taken first: what is kept later may belong to work behind the event.
         let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
@@ -195,7 +243,7 @@ impl CudaStream {
             }
             return Err(error);
         }
-        let completion = Completion { event: event.clone(), notify, kept };
+        let completion = Completion { event: event.clone(), notify, kept: Some(kept) };
         self.completions
             .send(completion)
             .map_err(|_| DeviceError::Lost("the thread that waits for its events ended".into()))?;
@@ -208,8 +256,14 @@ impl CudaStream {
     /// When any of it failed.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         self.enter()?;
+        let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
         // SAFETY: the stream lives.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw.raw) })
+        let ended = check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.raw.raw) });
+        match &ended {
+            Ok(()) | Err(DeviceError::Lost(_)) => drop(kept),
+            Err(_) => self.kept.lock().unwrap_or_else(PoisonError::into_inner).extend(kept),
+        }
+        ended
     }
 
     /// Launches a kernel; none where the grid is empty.
@@ -225,6 +279,9 @@ impl CudaStream {
     ) -> Result<(), DeviceError> {
         if grid.contains(&0) {
             return Ok(());
+        }
+        if !kernel.is_of(&self.raw.context) {
+            return Err(DeviceError::Failed("a kernel of another device".into()));
         }
         self.enter()?;
         let mut arguments = [std::ptr::from_ref(params) as *mut std::ffi::c_void];
@@ -258,10 +315,11 @@ impl CudaStream {
             return Ok(());
         }
         let mut lent = self.device.lend_pinned(bytes.len())?;
-        lent.bytes_mut().copy_from_slice(bytes);
+        lent.as_mut().copy_from_slice(bytes);
         let target_at = target.address() + offset as u64;
-        self.copy_spans(&[Span { source: lent.address(), target: target_at, bytes: bytes.len() }])?;
-        self.keep((lent, target.clone()))
+        let copied = self.copy_spans(&[Span::new(lent.address(), target_at, bytes.len())]);
+        self.keep((lent, target.clone()))?;
+        copied
     }
 
     /// The first bytes of device memory, once all that was issued has ended.
@@ -271,14 +329,14 @@ impl CudaStream {
     pub fn download(&self, source: &CudaMemory, bytes: usize) -> Result<Vec<u8>, DeviceError> {
         check_inside(0, bytes, source.len())?;
         let lent = self.device.lend_pinned(bytes)?;
-        let span = Span { source: source.address(), target: lent.address(), bytes };
+        let span = Span::new(source.address(), lent.address(), bytes);
         let copied = self.copy_spans(&[span]).and_then(|()| self.synchronize());
         if let Err(error) = copied {
             // It may still be written.
             self.keep(lent)?;
             return Err(error);
         }
-        Ok(lent.bytes().to_vec())
+        Ok(lent.as_ref().to_vec())
     }
 
     /// Records the work that `issue` gives this stream, instead of running it. Only this thread may use the stream meanwhile, and `issue`
@@ -296,15 +354,20 @@ impl CudaStream {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives.
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(self.raw.raw, mode) })?;
-        self.capturing.store(true, Ordering::Relaxed);
+        self.set_captured_by(Some(std::thread::current().id()));
         let issued = issue();
         let mut graph = std::ptr::null_mut();
         // SAFETY: capturing since above; the graph is written.
         let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(self.raw.raw, &mut graph) });
-        self.capturing.store(false, Ordering::Relaxed);
+        self.set_captured_by(None);
         let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
-        issued?;
-        ended?;
+        if let Err(error) = issued.and(ended) {
+            if !graph.is_null() {
+                // SAFETY: made above, and not used.
+                let _ = unsafe { sys::cuGraphDestroy(graph) };
+            }
+            return Err(error);
+        }
         let mut raw = std::ptr::null_mut();
         // SAFETY: the graph was just made; the executable form is written, and the graph itself is not needed after it.
         let made = unsafe {
@@ -434,7 +497,7 @@ impl CudaStream {
             let bytes = bytemuck::cast_slice(&entries);
             let mut descriptors = self.borrow_descriptors()?;
             descriptors.host.as_mut()[..bytes.len()].copy_from_slice(bytes);
-            let source = descriptors.host.as_ref().as_ptr() as u64;
+            let source = descriptors.host.address();
             let target = descriptors.device.address();
             let params = MoveParams {
                 staging: address(staging),
@@ -449,31 +512,36 @@ impl CudaStream {
             };
             let tasks = part.len() * layers.len() * 2 * shape.kv_heads;
             let blocks = (tasks.div_ceil(8) as u32).min(MOVE_BLOCKS);
-            self.copy_spans(&[Span { source, target, bytes: bytes.len() }])?;
-            self.keep(Borrowed(Some(descriptors), self.descriptors.clone()))?;
+            let copied = self.copy_spans(&[Span::new(source, target, bytes.len())]);
             // SAFETY: every block was checked to lie inside the staging memory and the pool; all of it is kept.
-            unsafe { self.launch(kernel, [blocks, 1, 1], 256, &params)? };
+            let launched = copied.and_then(|()| unsafe { self.launch(kernel, [blocks, 1, 1], 256, &params) });
+            let borrowed = Borrowed(Some(descriptors), self.descriptors.clone());
+            self.keep((borrowed, staging.clone(), pool.clone()))?;
+            launched?;
         }
-        self.keep((staging.clone(), pool.clone()))
+        Ok(())
     }
 }
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
         let kept = !self.kept.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
-        if kept && self.mark(None).is_err() {
-            // A lost device: nothing runs there any more.
-            self.kept.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        if kept && let Err(error) = self.mark(None) {
+            let kept = std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner));
+            // On a lost device nothing runs any more. Else it may still be in use: better leaked than freed.
+            if !matches!(error, DeviceError::Lost(_)) {
+                std::mem::forget(kept);
+            }
         }
     }
 }
 
 fn complete(stream: Arc<RawStream>, completions: Receiver<Completion>) {
     for completion in completions {
-        let outcome = completion.event.wait();
-        drop(completion.kept);
-        if let Some(event) = completion.notify {
-            event.complete(outcome);
+        // What is woken or dropped here is others' code; its panic must not end the waiting.
+        let finished = std::panic::catch_unwind(AssertUnwindSafe(|| completion.finish()));
+        if finished.is_err() {
+            tracing::error!("something that a stream kept, or a waker, panicked");
         }
     }
     drop(stream);
@@ -516,8 +584,11 @@ fn check_moves(
 ) -> Result<(), DeviceError> {
     let shape = &kernels.shape;
     let block = kernels.wire_block_bytes();
-    if pool.len() != shape.pool_bytes() {
-        return Err(DeviceError::SizeMismatch { from: shape.pool_bytes(), to: pool.len() });
+    if shape.checked_pool_bytes() != Some(pool.len()) {
+        return Err(DeviceError::SizeMismatch {
+            from: shape.checked_pool_bytes().unwrap_or(usize::MAX),
+            to: pool.len(),
+        });
     }
     check_inside(layers.start, layers.len(), shape.layers)?;
     for each in moves {
@@ -539,7 +610,8 @@ fn merge(mut spans: Vec<Span>) -> Vec<Span> {
     for span in spans {
         match merged.last_mut() {
             Some(last)
-                if last.source + last.bytes as u64 == span.source
+                if last.within == span.within
+                    && last.source + last.bytes as u64 == span.source
                     && last.target + last.bytes as u64 == span.target =>
             {
                 last.bytes += span.bytes;
@@ -567,10 +639,15 @@ impl Stream for CudaStream {
                 source: address(&source.buffer) + source.offset as u64,
                 target: address(&target.buffer) + target.offset as u64,
                 bytes: from,
+                within: [address(&source.buffer), address(&target.buffer)],
             });
         }
-        self.copy_spans(&merge(spans))?;
-        self.keep(copies.into_iter().map(|copy| (copy.source.buffer, copy.target.buffer)).collect::<Vec<_>>())
+        let copied = self.copy_spans(&merge(spans));
+        // Some may have been issued whatever came after them.
+        self.keep(
+            copies.into_iter().map(|copy| (copy.source.buffer, copy.target.buffer)).collect::<Vec<_>>(),
+        )?;
+        copied
     }
 
     fn scatter(
@@ -669,6 +746,9 @@ impl Stopwatch {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.end.raw, stream.raw.raw) })?;
         self.end.wait()?;
         let mut ms = 0f32;
+        if !super::context::has_call(b"cuEventElapsedTime_v2\0") {
+            return Err(DeviceError::Failed("taking times needs a driver of CUDA 12.8 or later".into()));
+        }
         // SAFETY: both events have completed; one number is written.
         check("cuEventElapsedTime", unsafe {
             sys::cuEventElapsedTime_v2(&mut ms, self.start.raw, self.end.raw)
@@ -683,9 +763,11 @@ mod tests {
 
     #[test]
     fn copies_that_continue_each_other_are_one() {
-        let span = |source, target, bytes| Span { source, target, bytes };
+        let span = |source, target, bytes| Span { source, target, bytes, within: [0, 100] };
         let merged =
             merge(vec![span(0, 100, 8), span(8, 108, 8), span(16, 200, 4), span(20, 0, 0), span(20, 204, 4)]);
         assert_eq!(merged, [span(0, 100, 16), span(16, 200, 8)]);
+        let next = Span { within: [8, 100], ..span(8, 108, 8) };
+        assert_eq!(merge(vec![span(0, 100, 8), next]).len(), 2, "not across two memories");
     }
 }

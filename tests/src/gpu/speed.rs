@@ -1,0 +1,362 @@
+//! What the device does in a second, each figure beside its limit, measured in the same run: copies against one raw pinned copy, moves against a
+//! device copy, attention against bandwidth and against a bare product, and the first token with and without cached state.
+
+use super::Bench;
+use cairn_client::ClientOptions;
+use cairn_gpu::backend::cuda::{
+    Batch, BatchLimits, BatchRow, CudaMemory, Gemm, KernelSpec, ModelKernels, Partials, Plan, PoolLayer,
+    Stopwatch,
+};
+use cairn_gpu::{BlockMove, Buffer, Copy, Device, PagedShape, Region, Slot, Stream};
+use cairn_kernels::KvType;
+use cairn_kernels::cuda::{ActType, HeadShape};
+use cairn_runtime::*;
+use cairn_server::Server;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Times that each figure is taken; the median counts.
+const ROUNDS: usize = 9;
+
+/// Bytes of one canonical block in the benches: sixteen tokens of an 8B-class model.
+const BLOCK: usize = 2 << 20;
+const BLOCKS: usize = 64;
+
+/// One figure.
+pub struct Figure {
+    /// What was measured.
+    pub what: String,
+    /// How much of it.
+    pub value: f64,
+    /// GB/s, TFLOP/s or ms.
+    pub unit: &'static str,
+    /// The same for what it is compared with, and what that is.
+    pub limit: (f64, &'static str),
+    /// Least share of the limit that is wanted; or, for times, the largest.
+    pub goal: Option<f64>,
+}
+
+impl Figure {
+    /// The share of the limit.
+    pub fn ratio(&self) -> f64 {
+        self.value / self.limit.0
+    }
+
+    /// For the report.
+    pub fn json(&self) -> Value {
+        json!({"what": self.what, "value": self.value, "unit": self.unit, "limit": self.limit.0, "limit_is": self.limit.1,
+            "ratio": self.ratio(), "goal": self.goal})
+    }
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Median seconds of what `issue` puts on the stream, after one turn that does not count.
+fn seconds(bench: &Bench, mut issue: impl FnMut()) -> f64 {
+    issue();
+    bench.stream.synchronize().expect("no failure");
+    let turn = |_| {
+        let watch = Stopwatch::start(&bench.stream).expect("a watch");
+        issue();
+        watch.stop(&bench.stream).expect("no failure")
+    };
+    median((0..ROUNDS).map(turn).collect())
+}
+
+fn region(
+    buffer: Buffer<cairn_gpu::backend::cuda::CudaDevice>,
+    offset: usize,
+    bytes: usize,
+) -> Region<cairn_gpu::backend::cuda::CudaDevice> {
+    Region { buffer, offset, bytes }
+}
+
+/// Copies between host and device: blocks in a batch, against one copy of as many bytes.
+pub fn copies(bench: &Bench) -> Vec<Figure> {
+    let all = BLOCK * BLOCKS;
+    let host = Buffer::Pinned(bench.device.share(bench.device.allocate_pinned(all).expect("pinned memory")));
+    let device = Buffer::Device(bench.device.allocate(all).expect("device memory"));
+    let mut figures = Vec::new();
+    for (what, limit, source, target) in [
+        ("blocks to the device", "one copy to the device", &host, &device),
+        ("blocks to the host", "one copy to the host", &device, &host),
+    ] {
+        // In another order at each end, so that no two can be merged.
+        let batch = || -> Vec<_> {
+            let copy = |i: usize| Copy {
+                source: region(source.clone(), i * BLOCK, BLOCK),
+                target: region(target.clone(), (BLOCKS - 1 - i) * BLOCK, BLOCK),
+            };
+            (0..BLOCKS).map(copy).collect()
+        };
+        let one =
+            || vec![Copy { source: region(source.clone(), 0, all), target: region(target.clone(), 0, all) }];
+        let ours = seconds(bench, || bench.stream.copy(batch()).expect("issued"));
+        let raw = seconds(bench, || bench.stream.copy(one()).expect("issued"));
+        let rate = |seconds| all as f64 / seconds / 1e9;
+        figures.push(Figure {
+            what: what.into(),
+            value: rate(ours),
+            unit: "GB/s",
+            limit: (rate(raw), limit),
+            goal: Some(0.9),
+        });
+    }
+    figures
+}
+
+/// Scatter and gather of blocks on the device against a device copy of as many bytes, and out of host memory against a copy from there.
+pub fn moves(bench: &Bench) -> Vec<Figure> {
+    let shape = PagedShape {
+        layers: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        block_tokens: 16,
+        slots: BLOCKS,
+        kv_type: KvType::Bf16,
+    };
+    let all = shape.pool_bytes();
+    let kernels = bench.device.move_kernels(shape).expect("kernels");
+    let memory = || bench.device.allocate(all).expect("device memory");
+    let (staging, pool, other) = (memory(), memory(), memory());
+    let host = Buffer::Pinned(bench.device.share(bench.device.allocate_pinned(all).expect("pinned memory")));
+    let on_device = Buffer::Device(staging.clone());
+    let block = shape.block_bytes();
+    let moves: Vec<BlockMove> =
+        (0..BLOCKS).map(|i| BlockMove { staging_offset: i * block, slot: (i * 37 + 5) % BLOCKS }).collect();
+    let raw = |from: &Buffer<_>, to: &Buffer<_>| {
+        let copy = || vec![Copy { source: region(from.clone(), 0, all), target: region(to.clone(), 0, all) }];
+        seconds(bench, || bench.stream.copy(copy()).expect("issued"))
+    };
+    let device_copy = raw(&on_device, &Buffer::Device(other));
+    let (to_device, to_host) = (raw(&host, &on_device), raw(&on_device, &host));
+    let scatter = |from: &Buffer<_>| {
+        seconds(bench, || bench.stream.scatter_layers(&kernels, 0..32, from, &pool, &moves).expect("issued"))
+    };
+    let gather = |to: &Buffer<_>| {
+        seconds(bench, || bench.stream.gather_layers(&kernels, 0..32, &pool, to, &moves).expect("issued"))
+    };
+    let rate = |seconds: f64| all as f64 / seconds / 1e9;
+    let figure = |what: &str, seconds, limit, name, goal| Figure {
+        what: what.into(),
+        value: rate(seconds),
+        unit: "GB/s",
+        limit: (rate(limit), name),
+        goal,
+    };
+    vec![
+        figure("scatter on the device", scatter(&on_device), device_copy, "device copy", Some(0.8)),
+        figure("gather on the device", gather(&on_device), device_copy, "device copy", Some(0.8)),
+        figure("scatter out of host memory", scatter(&host), to_device, "one copy to the device", None),
+        figure("gather into host memory", gather(&host), to_host, "one copy to the host", None),
+    ]
+}
+
+struct Attention {
+    kernels: ModelKernels,
+    shape: PagedShape,
+    pool: CudaMemory,
+}
+
+fn attention(bench: &Bench, slots: usize) -> Attention {
+    let shape = HeadShape { kv_heads: 8, group: 4, head_dim: 128, block_tokens: 16 };
+    let spec = KernelSpec { act: ActType::Bf16, kv_type: KvType::Bf16, shape, plain: false };
+    let kernels = ModelKernels::load(&bench.device, spec).expect("kernels");
+    let shape =
+        PagedShape { layers: 1, kv_heads: 8, head_dim: 128, block_tokens: 16, slots, kv_type: KvType::Bf16 };
+    let pool = bench.device.allocate(shape.pool_bytes()).expect("device memory");
+    Attention { kernels, shape, pool }
+}
+
+impl Attention {
+    fn seconds(&self, bench: &Bench, rows: &[BatchRow<'_>]) -> f64 {
+        let limits = BatchLimits { vocabulary: 1, positions: 1 << 20, slots: self.shape.slots };
+        let plan = Plan::new(self.kernels.spec().shape, limits, rows, &[]).expect("a plan");
+        let batch = Batch::upload(&bench.stream, plan).expect("uploaded");
+        let memory = || bench.device.allocate(rows.len() * 32 * 128 * 2).expect("device memory");
+        let (queries, out) = (memory(), memory());
+        let at = PoolLayer { pool: &self.pool, shape: &self.shape, layer: 0 };
+        let mut partials = Partials::default();
+        seconds(bench, || {
+            self.kernels
+                .attend(&bench.stream, &queries.all(), 0.09, &batch, at, &mut partials, &out.all())
+                .expect("issued");
+        })
+    }
+}
+
+/// Decode attention of sixteen sequences of 8,192 tokens against what a device copy reads and writes in a second.
+pub fn decode(bench: &Bench) -> Figure {
+    const SEQUENCES: usize = 16;
+    const CONTEXT: usize = 8192;
+    let attention = attention(bench, SEQUENCES * CONTEXT / 16);
+    let tables: Vec<Vec<Slot>> = (0..SEQUENCES)
+        .map(|s| (0..CONTEXT / 16).map(|i| Slot((i * SEQUENCES + s) as u32)).collect())
+        .collect();
+    let rows: Vec<BatchRow> =
+        tables.iter().map(|slots| BatchRow { token: 0, position: CONTEXT - 1, slots }).collect();
+    let took = attention.seconds(bench, &rows);
+    let bytes = attention.shape.pool_bytes();
+    let memory = || Buffer::Device(bench.device.allocate(bytes).expect("device memory"));
+    let (from, to) = (memory(), memory());
+    let copy = || vec![Copy { source: region(from.clone(), 0, bytes), target: region(to.clone(), 0, bytes) }];
+    let copied = seconds(bench, || bench.stream.copy(copy()).expect("issued"));
+    Figure {
+        what: format!("decode attention, {SEQUENCES} x {CONTEXT} tokens"),
+        value: bytes as f64 / took / 1e9,
+        unit: "GB/s",
+        limit: (2.0 * bytes as f64 / copied / 1e9, "read and write of a device copy"),
+        goal: Some(0.6),
+    }
+}
+
+/// Prefill attention of a chunk behind a cached prefix against a bare product.
+pub fn prefill(bench: &Bench) -> Figure {
+    const CONTEXT: usize = 8192;
+    const CHUNK: usize = 2048;
+    let attention = attention(bench, CONTEXT / 16);
+    let slots: Vec<Slot> = (0..CONTEXT as u32 / 16).map(Slot).collect();
+    let rows: Vec<BatchRow> =
+        (CONTEXT - CHUNK..CONTEXT).map(|position| BatchRow { token: 0, position, slots: &slots }).collect();
+    let took = attention.seconds(bench, &rows);
+    // Two products of head_dim for each query head, row and key that it sees.
+    let seen: usize = rows.iter().map(|row| row.position + 1).sum();
+    let work = 4.0 * 128.0 * 32.0 * seen as f64;
+    let n = 4096;
+    let gemm = Gemm::new(bench.stream.clone(), ActType::Bf16).expect("cuBLASLt");
+    let memory = |bytes| bench.device.allocate(bytes).expect("device memory");
+    let weight = gemm.weight(memory(n * n * 2), n, n).expect("an algorithm");
+    let (x, y) = (memory(n * n * 2), memory(n * n * 4));
+    let product = seconds(bench, || gemm.multiply(&weight, &x.all(), n, &y.all()).expect("issued"));
+    Figure {
+        what: format!("prefill attention, {CHUNK} rows of {CONTEXT}"),
+        value: work / took / 1e12,
+        unit: "TFLOP/s",
+        limit: (2.0 * (n as f64).powi(3) / product / 1e12, "a product of 4096 x 4096 x 4096"),
+        goal: None,
+    }
+}
+
+/// The shape of Llama 3.2 1B, with a smaller vocabulary.
+fn one_billion() -> ModelConfig {
+    ModelConfig {
+        name: "synthetic-1b".into(),
+        layers: 16,
+        hidden: 2048,
+        intermediate: 8192,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 64,
+        vocabulary: 256,
+        rms_epsilon: 1e-5,
+        max_positions: 16_384,
+        rope_theta: 500_000.0,
+        rope_scaling: RopeScaling::None,
+        tied_embeddings: true,
+    }
+}
+
+/// Time to the first token of 8,192, computed and with state from the cache server's memory.
+pub fn first_token(device: &ComputeDevice) -> Figure {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let (cold, warm) = runtime.block_on(first_tokens(device));
+    Figure {
+        what: "first token of 8,192 with state from host memory".into(),
+        value: 1e3 * warm,
+        unit: "ms",
+        limit: (1e3 * cold, "computed"),
+        goal: Some(0.1),
+    }
+}
+
+async fn first_tokens(device: &ComputeDevice) -> (f64, f64) {
+    const TOKENS: usize = 8192;
+    let config = one_billion();
+    let model =
+        Model::synthetic(Synthetic::new(config.clone(), 1), config, WeightType::Bf16).expect("a model");
+    let model = Arc::new(model);
+    let mut server_config = crate::config(16);
+    server_config.host.chunk_mib = 64;
+    server_config.host.capacity_mib = 2048;
+    let server = Server::start(server_config).await.expect("a server");
+    let prompt: Vec<u32> = (0..TOKENS as u32).map(|i| (i * i * 31 + i * 7) % 256).collect();
+    let engine = |cache: bool| {
+        let client = ClientOptions::new(format!("http://{}", server.address()));
+        let (model, device) = (model.clone(), device.clone());
+        async move {
+            let options = EngineOptions {
+                pool_tokens: TOKENS + 64,
+                chunk_tokens: 2048,
+                device,
+                local_reuse: false,
+                always_load: true,
+                ..EngineOptions::default()
+            };
+            let share = if cache { Some(share(client, &model, &options).await) } else { None };
+            let started = tokio::task::spawn_blocking(move || Engine::start(model, options, share)).await;
+            started.expect("started").expect("an engine")
+        }
+    };
+    let computing = engine(false).await;
+    let mut cold = Vec::new();
+    for _ in 0..3 {
+        cold.push(time_to_first(&computing, &prompt, false).await.0);
+    }
+    drop(computing);
+    let caching = engine(true).await;
+    time_to_first(&caching, &prompt, true).await;
+    crate::eventually("the prompt is in the cache", || server.usage().resident_blocks >= TOKENS / 16 - 1)
+        .await;
+    let mut warm = Vec::new();
+    for _ in 0..5 {
+        let (seconds, loaded) = time_to_first(&caching, &prompt, true).await;
+        assert!(loaded >= TOKENS - 16, "{loaded} tokens were loaded");
+        warm.push(seconds);
+    }
+    (median(cold), median(warm))
+}
+
+async fn share(client: ClientOptions, model: &Model, options: &EngineOptions) -> Share {
+    let worker = WorkerOptions {
+        listen: ([127, 0, 0, 1], 0).into(),
+        model: ModelPath::Synthetic(1),
+        model_name: None,
+        weight_type: WeightType::Bf16,
+        role: Role::Both,
+        cache: None,
+        prefill: None,
+        prefill_timeout: Duration::ZERO,
+        delegate_min_tokens: 0,
+        tenant: "bench".into(),
+        tenant_salt: [0; 32],
+        engine: options.clone(),
+    };
+    let space = key_space(model, &worker).expect("a key space");
+    let client = cairn_client::CacheClient::start(client).expect("a client");
+    client.open_space(&space).await.expect("the space is opened");
+    Share::new(client, space, None)
+}
+
+/// Seconds to the first token, and tokens that were loaded.
+async fn time_to_first(engine: &Engine, prompt: &[u32], use_cache: bool) -> (f64, usize) {
+    let request = Request {
+        tokens: prompt.to_vec(),
+        work: Work::Generate { max_tokens: 1, ignore_end: true },
+        sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
+        use_cache,
+    };
+    let began = Instant::now();
+    let mut updates = engine.submit(request).await.expect("submitted");
+    let (mut first, mut loaded) = (None, 0);
+    while let Some(update) = updates.recv().await {
+        match update {
+            Update::Token(_) => drop(first.get_or_insert_with(|| began.elapsed())),
+            Update::Finished(summary) => loaded = summary.loaded_tokens,
+        }
+    }
+    (first.expect("a token").as_secs_f64(), loaded)
+}
