@@ -231,7 +231,7 @@ impl Share {
             tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
         }
         loaded.blocks = blocks;
-        loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(view));
+        loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(Box::new(view)));
     }
 
     /// Blocks up to `end` of the run, or to the first that did not arrive whole: how many there are after those that were read with the

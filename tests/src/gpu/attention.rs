@@ -37,7 +37,7 @@ pub(super) fn check(bench: &mut Bench, case: usize) {
         ModelKernels::load(&bench.device, KernelSpec { act, kv_type, shape, plain }).expect("kernels");
     let HeadShape { kv_heads, group, head_dim, block_tokens } = shape;
     // Beyond four splits `decode` needs a second block; as often as time allows on an emulator.
-    let most = if case % 3 == 0 { 1400 } else { 800 };
+    let most = if case.is_multiple_of(3) { 1400 } else { 800 };
     let slots = (most + 1100) / block_tokens;
     let shape = PagedShape { layers: 2, kv_heads, head_dim, block_tokens, slots, kv_type };
     let numbers = format.round(&bench.numbers(shape.pool_bytes() / kv_type.bytes(), 1.0));

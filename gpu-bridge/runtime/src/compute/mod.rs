@@ -119,7 +119,7 @@ pub(crate) struct Pass<'a> {
 
 /// The pool and the model, on some device.
 pub(crate) enum Compute {
-    Host(HostCompute),
+    Host(Box<HostCompute>),
     Cuda(Box<CudaCompute>),
 }
 
@@ -152,7 +152,7 @@ pub(crate) enum LoadedBlocks {
     /// One after the other.
     Staged(Staging),
     /// Where the cache server has them.
-    InPlace(View),
+    InPlace(Box<View>),
 }
 
 /// Gives staging memory to loads, from any thread.
@@ -215,7 +215,7 @@ impl Compute {
             }
             ComputeDevice::Cpu | ComputeDevice::Auto { .. } => {
                 tracing::info!(why, "computing on the CPU");
-                HostCompute::new(model.clone(), shape).map(Self::Host)
+                Ok(Self::Host(Box::new(HostCompute::new(model.clone(), shape)?)))
             }
         }
     }
@@ -251,7 +251,7 @@ impl Compute {
         match (self, blocks) {
             (Self::Host(compute), Staged(Staging::Host(staging))) => compute.place(staging, slots),
             (Self::Cuda(compute), Staged(Staging::Cuda(staging))) => compute.place(staging, slots),
-            (Self::Cuda(compute), InPlace(view)) => compute.place_view(view, slots),
+            (Self::Cuda(compute), InPlace(view)) => compute.place_view(*view, slots),
             _ => Err(DeviceError::Failed("staging memory of another device".into())),
         }
     }

@@ -6,10 +6,11 @@
 
 use super::CudaDevice;
 use super::batch::{Batch, BatchLimits, Plan};
+use super::capture::Graph;
 use super::gemm::{Gemm, Weight};
 use super::kernels::{HeadExtras, KernelSpec, ModelKernels, Partials, PoolLayer};
 use super::memory::{CudaMemory, Part};
-use super::stream::{CudaStream, Graph};
+use super::stream::CudaStream;
 use crate::{DeviceError, PagedShape};
 use cairn_kernels::cuda::{SPLIT_KEYS, SampleSetting};
 use std::collections::HashMap;

@@ -6,24 +6,28 @@
 //! the host before they are uploaded. Device memory is never a Rust reference.
 
 mod batch;
+mod capture;
 mod context;
 mod decoder;
+mod event;
 mod gemm;
 mod kernels;
 mod memory;
+mod moves;
 mod programs;
 mod stream;
 
 pub use batch::{Batch, BatchLimits, BatchRow, Plan};
 pub use context::{Absence, CudaInfo, probe};
 pub use decoder::{Decoder, DecoderLoader, DecoderShape, Hooks, LayerSource, NoHooks, Numbers, Pool};
+pub use event::Stopwatch;
 pub use gemm::{Gemm, Weight, cublaslt_is_here};
 pub use kernels::{HeadExtras, KernelSpec, ModelKernels, Partials, PoolLayer};
 pub use memory::{CudaMemory, CudaPinned, CudaShared, IpcHandle, Part};
 pub use programs::{
     Compiled, KernelFolders, MoveKernels, Usage, compile, compile_ahead, nvrtc_version, usage,
 };
-pub use stream::{CudaStream, Stopwatch};
+pub use stream::CudaStream;
 
 use crate::{Device, DeviceError, PagedShape, Priority};
 use cairn_kernels::cuda::WireType;
