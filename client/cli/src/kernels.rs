@@ -1,8 +1,10 @@
 //! `cairn kernels`: compile the CUDA kernels ahead of time, or hold them to their limits, on a machine with NVRTC and no GPU.
 
 use crate::CliError;
+use crate::worker::ModelArguments;
 use cairn_gpu::backend::cuda::{compile, compile_ahead, nvrtc_version, usage};
 use cairn_kernels::cuda::{ARCHITECTURES, LEAST_ARCHITECTURE, Program};
+use cairn_runtime::{Model, kernel_programs};
 use clap::{Args, Subcommand};
 use comfy_table::{Table, presets};
 use std::path::PathBuf;
@@ -12,7 +14,7 @@ use std::path::PathBuf;
 pub enum KernelsCommand {
     /// Compile every kernel and fail if one spills registers or uses too many.
     Check(CheckOptions),
-    /// Compile kernels into a folder, for hosts without NVRTC.
+    /// Compile a model's kernels into a folder, for hosts without NVRTC.
     Build(BuildOptions),
 }
 
@@ -45,6 +47,8 @@ pub struct BuildOptions {
     out: PathBuf,
     #[command(flatten)]
     architectures: Architectures,
+    #[command(flatten)]
+    model: ModelArguments,
 }
 
 pub fn run(command: KernelsCommand) -> Result<(), CliError> {
@@ -94,9 +98,13 @@ fn check(architectures: &[u32]) -> Result<(), CliError> {
 }
 
 fn build(options: &BuildOptions) -> Result<(), CliError> {
+    let worker = options.model.options();
+    let model = Model::load(&worker.model, worker.weight_type).map_err(CliError::failed)?;
+    let programs = kernel_programs(&model, worker.engine.kv_type, worker.engine.block_tokens);
+    let programs = programs.map_err(CliError::Failed)?;
     for architecture in options.architectures.list() {
-        for program in Program::all() {
-            let path = compile_ahead(&program, *architecture, &options.out).map_err(CliError::failed)?;
+        for program in &programs {
+            let path = compile_ahead(program, *architecture, &options.out).map_err(CliError::failed)?;
             println!("{}", path.display());
         }
     }

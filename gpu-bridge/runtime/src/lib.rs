@@ -18,7 +18,7 @@ mod worker;
 pub use cairn_gpu::backend::cuda::KernelFolders;
 pub use cairn_gpu::{KvType, PagedShape};
 pub use cairn_kernels::{Isa, WeightType};
-pub use compute::{ComputeDevice, prompt_logits};
+pub use compute::{ComputeDevice, kernel_programs, prompt_logits};
 pub use engine::{
     Engine, EngineError, EngineOptions, Finish, Request, SubmitError, Summary, Update, Updates, Work,
     pool_shape,

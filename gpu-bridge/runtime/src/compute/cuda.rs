@@ -340,7 +340,7 @@ impl Hooks for Overlap<'_> {
     }
 }
 
-fn act_type(weights: WeightType) -> ActType {
+pub(super) fn act_type(weights: WeightType) -> ActType {
     match weights {
         WeightType::F32 => ActType::F32,
         WeightType::Bf16 => ActType::Bf16,

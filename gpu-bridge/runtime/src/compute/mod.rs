@@ -10,7 +10,8 @@ use bytes::Bytes;
 use cairn_client::View;
 use cairn_gpu::backend::cuda::{CudaInfo, KernelFolders, cublaslt_is_here, nvrtc_version, probe};
 use cairn_gpu::{BlockMove, Device, DeviceError, Event, HostDevice, HostPinned, PagedShape, Slot};
-use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, SampleSetting};
+use cairn_kernels::KvType;
+use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, Program, SampleSetting, WireType};
 use cuda::CudaCompute;
 use host::HostCompute;
 use std::sync::Arc;
@@ -97,6 +98,20 @@ pub fn prompt_logits(
         Compute::Host(compute) => Ok(compute.logits(&pass)),
         Compute::Cuda(compute) => compute.logits(&pass),
     }
+}
+
+/// The CUDA programs that a worker of this model compiles.
+///
+/// # Errors
+/// When the kernels do not suit the model, in words.
+pub fn kernel_programs(model: &Model, kv_type: KvType, block_tokens: usize) -> Result<Vec<Program>, String> {
+    let shape = heads(&model.config, block_tokens);
+    shape.check()?;
+    let act = cuda::act_type(model.weights.embedding.format());
+    let paged = Program::paged(WireType::Kv(kv_type), kv_type, shape.kv_heads, shape.head_dim, block_tokens);
+    let plain = kv_type == KvType::F32;
+    let attention = Program::attention(act, kv_type, &shape, plain);
+    Ok(vec![paged, Program::layers(act, kv_type, &shape), attention, Program::sampling()])
 }
 
 /// Heads and blocks of a model, as CUDA kernels see them.
