@@ -40,7 +40,7 @@ impl CudaStream {
         Ok(Descriptors { host: CudaPinned::allocate(&self.raw.context, bytes)?, device })
     }
 
-    /// Issues the moves of some layers of blocks. See [`Stream::scatter`].
+    /// Issues the moves of some layers of blocks. See [`crate::Stream::scatter`].
     ///
     /// # Errors
     /// When a block or layer does not fit; nothing is issued then.
