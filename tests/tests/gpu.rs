@@ -4,8 +4,13 @@
 
 use cairn_tests::emulator::emulator;
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
+
+/// An emulated device takes a core, and what is beside it has deadlines: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn check(arguments: &[&str], settings: &[(&str, &str)]) -> Option<Output> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = emulator(env!("CARGO_TARGET_TMPDIR").as_ref())?;
     let mut command = Command::new(env!("CARGO_BIN_EXE_gpu-check"));
     command.args(arguments).env("LD_LIBRARY_PATH", &folder).arg("--kernel-cache").arg(folder.join("kernels"));
