@@ -33,6 +33,17 @@ fn small() -> ModelConfig {
     }
 }
 
+/// Such a model in files, with so many layers.
+fn small_checkpoint(layers: u64) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut model = crate::tiny_config();
+    let sizes =
+        [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6), ("num_hidden_layers", layers)];
+    sizes.into_iter().for_each(|(key, value)| model[key] = value.into());
+    crate::write_checkpoint(folder.path(), &model);
+    folder
+}
+
 fn prompt(length: usize, seed: u64) -> Vec<u32> {
     let mut rng = StdRng::seed_from_u64(seed);
     (0..length).map(|_| rng.random_range(0..256)).collect()
@@ -158,12 +169,7 @@ pub fn identical_through_the_cache(device: &ComputeDevice, seed: u64) {
 }
 
 async fn through_the_cache(device: &ComputeDevice, seed: u64) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut model = crate::tiny_config();
-    for (key, value) in [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6)] {
-        model[key] = value.into();
-    }
-    crate::write_checkpoint(folder.path(), &model);
+    let folder = small_checkpoint(3);
     let (server, _) = server_and_client(config(4096)).await;
     let start = || Worker::start(options(device, folder.path(), &server));
     let first = start().await.expect("a worker");
@@ -241,14 +247,7 @@ pub fn identical_in_a_crowd(device: &ComputeDevice, seed: u64) {
 }
 
 async fn crowd(device: &ComputeDevice, seed: u64) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut model = crate::tiny_config();
-    for (key, value) in
-        [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6), ("num_hidden_layers", 2)]
-    {
-        model[key] = value.into();
-    }
-    crate::write_checkpoint(folder.path(), &model);
+    let folder = small_checkpoint(2);
     let (server, _) = server_and_client(config(4096)).await;
     let prompts: Vec<Vec<u32>> = (0..6).map(|i| prompt(150 + 33 * i, seed + i as u64 / 2)).collect();
     let start = |pool_tokens, chunk_tokens, local_reuse| {
@@ -288,12 +287,7 @@ async fn crowd(device: &ComputeDevice, seed: u64) {
 pub fn answers_end_with_the_device(device: &ComputeDevice) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut model = crate::tiny_config();
-        for (key, value) in [("hidden_size", 128), ("head_dim", 64), ("num_attention_heads", 6)] {
-            model[key] = value.into();
-        }
-        crate::write_checkpoint(folder.path(), &model);
+        let folder = small_checkpoint(3);
         let (server, _) = server_and_client(config(512)).await;
         let worker = Worker::start(options(device, folder.path(), &server)).await.expect("a worker");
         let url = format!("http://{}/v1/completions", worker.address());
