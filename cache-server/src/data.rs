@@ -3,10 +3,12 @@
 use crate::auth::Right;
 use crate::engine::FillBlock;
 use crate::serve::{Context, fetch, refused, unexpected};
-use cairn_core::{CommitOutcome, LeaseId, ReservationId, SessionId};
+use cairn_core::{CommitOutcome, Event, GpuEvent, LeaseId, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
 use cairn_transfer::WireKind;
-use cairn_transfer::store::{ChunkMemory, Filling, Hold, Limits, Owner, Reading, SessionKey, Slot, Store};
+use cairn_transfer::store::{
+    ChunkMemory, Filling, GpuChunk, GpuUuid, Hold, Limits, Owner, Reading, SessionKey, Slot, Store,
+};
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 use std::os::fd::OwnedFd;
@@ -62,16 +64,28 @@ impl Store for Context {
         session: u64,
         lease: u64,
         (first, count): (usize, usize),
+        gpus: &[GpuUuid],
     ) -> Result<Reading, Status> {
         self.sessions.find(session)?.identity.require(Right::Read)?;
-        let read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
+        let mut read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
+        let (mut on_gpu, block_bytes) = (Vec::new(), read.block_bytes());
+        if !gpus.is_empty() {
+            // Refused only if the lease ended since: then there is nothing to want.
+            let (session, lease) = (SessionId(session), LeaseId(lease));
+            self.engine.apply(Event::Gpu(GpuEvent::Want { session, lease, first, count })).ok();
+            read.blocks.retain(|block| {
+                let place = block.gpu.and_then(|slot| self.engine.gpus().location(slot, gpus));
+                on_gpu.extend(place.map(|place| (block.position, place)));
+                place.is_none()
+            });
+        }
         self.metrics.fetch_started(wire);
         let (hold, token) = (read.hold(), self.transfers.token());
         let blocks = fetch::blocks(&self.engine, read).inspect(move |_| {
             // A transfer is in progress as long as its stream lives.
             let _ = &token;
         });
-        Ok(Reading { blocks: blocks.boxed(), hold })
+        Ok(Reading { blocks: blocks.boxed(), on_gpu, block_bytes, hold })
     }
 
     fn fill(&self, wire: WireKind, session: u64, reservation: u64) -> Result<Filling, Status> {
@@ -100,6 +114,14 @@ impl Store for Context {
             bytes: len as u64,
             hold: Arc::new(self.engine.arena().clone()),
         })
+    }
+
+    fn gpu_chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<GpuChunk, Status> {
+        let gpus = self.engine.gpus();
+        let place = gpus.find(chunk).ok_or_else(lease_gone)?;
+        let held =
+            self.engine.inspect(|core| core.is_in_gpu_chunk(SessionId(session), LeaseId(lease), place));
+        if held { gpus.share(place).ok_or_else(lease_gone) } else { Err(lease_gone()) }
     }
 
     fn is_current(&self, chunk: u64) -> bool {

@@ -4,13 +4,15 @@
 use crate::SLOT_ALIGN_BYTES;
 use crate::config::{Config, ConfigError};
 use crate::devices::{Devices, ended};
+use crate::gpus;
+use crate::tiers::gpu::GpuTier;
 use crate::tiers::nvme::fault::Faults;
 use crate::tiers::nvme::{Memory, Pages, ReadError};
 use crate::tiers::{ArenaError, HostArena, SlotBytes, SlotWriter};
 use bytes::Bytes;
 use cairn_core::{
-    CommitOutcome, Core, DiskPlace, Effects, Ended, Event, LeaseId, Load, LoadId, Millis, Record, Refusal,
-    Reply, ReservationId, SessionId, SlotId,
+    CommitOutcome, Core, Effects, Ended, Event, GpuEvent, GpuSlot, LeaseId, Load, LoadId, Millis, Origin,
+    Record, Refusal, Reply, ReservationId, SessionId, SlotId,
 };
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId};
 use cairn_transfer::store::{Brought, Hold};
@@ -41,7 +43,8 @@ pub struct Engine {
     core: Mutex<Core>,
     arena: Arc<HostArena>,
     devices: Devices,
-    /// A block arrived from a device, or did not.
+    gpus: GpuTier,
+    /// A block arrived from a device or a GPU, or did not.
     loaded: Notify,
     /// Background work; ends before the server does.
     tasks: TaskTracker,
@@ -62,10 +65,16 @@ impl Engine {
         let core_config = config.core([random.hash_one(1u8), random.hash_one(2u8)])?;
         let arena = HostArena::new(core_config.host_chunks, core_config.chunk_bytes)?;
         let capacity_bytes = u64::from(core_config.host_chunks) * core_config.chunk_bytes;
-        let core = Core::new(core_config).map_err(ConfigError::from)?;
+        let mut core = Core::new(core_config).map_err(ConfigError::from)?;
+        let arena = Arc::new(arena);
+        let gpus = GpuTier::open(config, arena.clone())?;
+        if let Some(gpus) = gpus.config(config.tenant.len()) {
+            core.apply(Millis(0), Event::Gpu(GpuEvent::Attach(&gpus)));
+        }
         Ok(Arc::new(Self {
             core: Mutex::new(core),
-            arena: Arc::new(arena),
+            arena,
+            gpus,
             devices: Devices::new(config.nvme.clone(), config.devices()?, faults),
             loaded: Notify::new(),
             tasks: TaskTracker::new(),
@@ -101,8 +110,8 @@ impl Engine {
     /// # Errors
     /// When the core refuses it.
     pub fn apply(&self, event: Event<'_>) -> Result<Reply, Refusal> {
-        let works = gives_work(&event);
-        let Effects { reply, removed, lost, stale } = {
+        let (works, copies) = (gives_work(&event), gives_copies(&event));
+        let Effects { reply, removed, lost, lost_gpus, stale } = {
             let mut core = self.core();
             // Read under the lock, so that time never goes backwards for the core.
             let now = Millis(self.uptime_ms());
@@ -118,8 +127,15 @@ impl Engine {
             tracing::trace!(hash = ?block.hash, reason = block.reason.name(), "block removed");
         }
         lost.into_iter().for_each(|device| self.devices.lost(device));
+        for gpu in lost_gpus {
+            let device = self.gpus.info(gpu).ordinal;
+            tracing::error!(device, "a GPU is out of service; blocks that were only there are missed");
+        }
         if works {
             self.devices.wake();
+        }
+        if copies {
+            self.gpus.wake.notify_one();
         }
         match reply {
             Reply::Refused(refusal) => Err(refusal),
@@ -129,6 +145,7 @@ impl Engine {
 
     /// Another tenant could read what is written there: without other memory the server must not go on.
     fn replace(&self, chunk: u32) {
+        self.gpus.forget(chunk);
         if let Err(error) = self.arena.replace(chunk) {
             tracing::error!(%error, "no memory to separate two tenants with: ending");
             std::process::abort();
@@ -156,16 +173,18 @@ impl Engine {
         };
         let guard = Arc::new(ReadGuard { engine: self.clone(), lease });
         let len = self.block_bytes(&space)?;
-        let block = |slot: &cairn_core::ReadSlot| ReadBlock {
+        let block = |(position, slot): (usize, &cairn_core::ReadSlot)| ReadBlock {
+            position: (first + position) as u32,
             hash: slot.hash,
             checksum: slot.checksum,
             bytes: slot.slot.map(|slot| self.arena.bytes(slot, len, guard.clone())),
+            gpu: slot.gpu,
         };
-        let blocks = slots.iter().map(block).collect();
+        let blocks = slots.iter().enumerate().map(block).collect();
         Ok(Read { space, blocks, first, block_bytes: len, guard })
     }
 
-    /// Brings one block of a read from its device, into host memory if there is room.
+    /// Brings one block of a read from its device or GPU, into host memory if there is room.
     ///
     /// # Errors
     /// Why it cannot be had.
@@ -210,27 +229,35 @@ impl Engine {
         }
     }
 
-    async fn promote(
-        self: Arc<Self>,
-        guard: Arc<LoadGuard>,
-        record: Record,
-        from: DiskPlace,
+    async fn promote(self: Arc<Self>, guard: Arc<LoadGuard>, record: Record, from: Origin, memory: Memory) {
+        // Told to the core already, and logged.
+        self.read_source(&guard, &record, from, memory).await.ok();
+    }
+
+    async fn read_source(
+        self: &Arc<Self>,
+        guard: &Arc<LoadGuard>,
+        record: &Record,
+        from: Origin,
         memory: Memory,
-    ) {
-        let read = self.devices.read(&record, from, memory).await;
-        guard.end(ended(&read, &record));
+    ) -> Result<Memory, ReadError> {
+        let from = match from {
+            Origin::Gpu(from) => return gpus::read(self, guard, (record, from), memory).await,
+            Origin::Disk(from) => from,
+        };
+        let read = self.devices.read(record, from, memory).await;
+        guard.end(ended(&read, record));
+        read
     }
 
     async fn read_through(
         self: Arc<Self>,
         (guard, room): (Arc<LoadGuard>, OwnedSemaphorePermit),
         record: Record,
-        from: DiskPlace,
+        from: Origin,
     ) -> Result<Bytes, MissReason> {
         let memory = Memory::Pages(Pages::for_bytes(record.block_bytes));
-        let read = self.devices.read(&record, from, memory).await;
-        guard.end(ended(&read, &record));
-        match read {
+        match self.read_source(&guard, &record, from, memory).await {
             Ok(Memory::Pages(pages)) => {
                 let owned = OwnBlock { pages, _room: room };
                 Ok(Bytes::from_owner(owned).slice(..record.block_bytes as usize))
@@ -250,7 +277,12 @@ impl Engine {
         &self.devices
     }
 
-    /// A block arrived from a device, or did not: whoever waits for it looks again.
+    /// The tier in the memory of GPUs.
+    pub(crate) fn gpus(&self) -> &GpuTier {
+        &self.gpus
+    }
+
+    /// A block arrived from a device or a GPU, or did not: whoever waits for it looks again.
     pub(crate) fn arrived(&self) {
         self.loaded.notify_waiters();
     }
@@ -320,6 +352,11 @@ impl Read {
         ReadSource { block_bytes: self.block_bytes, guard: self.guard.clone() }
     }
 
+    /// Of each block.
+    pub fn block_bytes(&self) -> u64 {
+        self.block_bytes
+    }
+
     /// Keeps the blocks in place.
     pub fn hold(&self) -> Hold {
         self.guard.clone()
@@ -353,18 +390,18 @@ impl AsRef<[u8]> for OwnBlock {
 }
 
 /// A load that ends whatever happens.
-struct LoadGuard {
+pub(crate) struct LoadGuard {
     engine: Arc<Engine>,
     load: LoadId,
     ended: AtomicBool,
 }
 
 impl LoadGuard {
-    fn new(engine: &Arc<Engine>, load: LoadId) -> Self {
+    pub(crate) fn new(engine: &Arc<Engine>, load: LoadId) -> Self {
         Self { engine: engine.clone(), load, ended: AtomicBool::new(false) }
     }
 
-    fn end(&self, ended: Ended) {
+    pub(crate) fn end(&self, ended: Ended) {
         if !self.ended.swap(true, Ordering::AcqRel) {
             // Never refused.
             let _ = self.engine.apply(Event::EndLoad { load: self.load, ended });
@@ -391,14 +428,28 @@ fn gives_work(event: &Event<'_>) -> bool {
     )
 }
 
+/// Events after which there may be copies to make to or from GPUs.
+fn gives_copies(event: &Event<'_>) -> bool {
+    matches!(
+        event,
+        Event::Gpu(GpuEvent::Want { .. } | GpuEvent::EndCopy { .. })
+            | Event::EndLoad { .. }
+            | Event::EndRead(_)
+    )
+}
+
 /// One block to read.
 pub struct ReadBlock {
+    /// In the run.
+    pub position: u32,
     /// Its name.
     pub hash: BlockHash,
     /// What its bytes must add up to.
     pub checksum: Checksum,
-    /// Its bytes; `None` when they must be brought from a device.
+    /// Its bytes; `None` when they must be brought from a device or a GPU.
     pub bytes: Option<SlotBytes>,
+    /// Where it is on a GPU, held in place like the rest.
+    pub gpu: Option<GpuSlot>,
 }
 
 /// A reservation being filled. Dropping it gives up what was not committed.

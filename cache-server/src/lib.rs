@@ -6,6 +6,7 @@ mod config;
 mod data;
 mod devices;
 mod engine;
+mod gpus;
 mod listen;
 mod metrics;
 mod serve;
@@ -17,8 +18,8 @@ mod wires;
 pub use tiers::nvme;
 
 pub use config::{
-    Config, ConfigError, DeviceEntry, HostConfig, LimitsConfig, NvmeConfig, ServerConfig, TenantConfig,
-    TlsConfig, TokenConfig, WiresConfig,
+    Config, ConfigError, DeviceEntry, GpuConfig, HostConfig, LimitsConfig, NvmeConfig, ServerConfig,
+    TenantConfig, TlsConfig, TokenConfig, WiresConfig,
 };
 pub use server::{Server, ServerError};
 

@@ -3,7 +3,7 @@
 
 use crate::devices::Attached;
 use crate::engine::Engine;
-use cairn_core::{Counters, DeviceCondition, DeviceUsage, Usage};
+use cairn_core::{Counters, DeviceCondition, DeviceUsage, GpuUsage, Usage};
 use cairn_proto::{MissReason, Tier};
 use cairn_transfer::WireKind;
 use prometheus_client::collector::Collector;
@@ -120,7 +120,8 @@ impl Collector for CoreCollector {
         encode_lookups(&mut encoder, &counters)?;
         encode_totals(&mut encoder, &counters)?;
         encode_usage(&mut encoder, &usage, self.0.capacity_bytes())?;
-        encode_devices(&mut encoder, &self.0)
+        encode_devices(&mut encoder, &self.0)?;
+        encode_gpus(&mut encoder, &self.0)
     }
 }
 
@@ -154,7 +155,11 @@ fn encode_totals(encoder: &mut DescriptorEncoder<'_>, counters: &Counters) -> Re
         ("committed_blocks", "Blocks made visible", counters.committed_blocks),
         ("duplicate_blocks", "Blocks offered again and dropped", counters.duplicate_blocks),
         ("evicted_blocks", "Blocks that made room", counters.evicted_blocks),
-        ("demoted_blocks", "Blocks that left host memory and stayed on a device", counters.demoted_blocks),
+        (
+            "demoted_blocks",
+            "Blocks that left host memory and stayed on a device or a GPU",
+            counters.demoted_blocks,
+        ),
         ("quarantined_blocks", "Blocks removed because their bytes were wrong", counters.quarantined_blocks),
         ("refused_blocks", "Blocks offered and not given room", counters.refused_blocks),
         ("expired_leases", "Leases ended by their deadline", counters.expired_leases),
@@ -178,6 +183,7 @@ fn encode_usage(
         ("reservations", "Reservations held", usage.reservations as u64),
         ("resident_blocks", "Blocks in the index", usage.resident_blocks as u64),
         ("host_blocks", "Blocks in host memory", usage.host_blocks as u64),
+        ("gpu_blocks", "Blocks that can be read on a GPU", usage.gpu_blocks as u64),
         ("resident_bytes", "Bytes of their slots", usage.resident_bytes),
         ("used_slots", "Slots that hold anything", usage.used_slots as u64),
         ("free_chunks", "Chunks that nobody owns", usage.free_chunks as u64),
@@ -237,4 +243,55 @@ fn encode_devices(encoder: &mut DescriptorEncoder<'_>, engine: &Engine) -> Resul
         }
     }
     Ok(())
+}
+
+type GpuGauge = (&'static str, &'static str, fn(&GpuUsage) -> u64);
+
+/// `gpu_in_service` is the one to alarm on.
+fn encode_gpus(encoder: &mut DescriptorEncoder<'_>, engine: &Engine) -> Result<(), std::fmt::Error> {
+    let usages = engine.inspect(cairn_core::Core::gpus);
+    if usages.is_empty() {
+        return Ok(());
+    }
+    let gauges: [GpuGauge; 3] = [
+        ("gpu_in_service", "1 while the GPU takes part", |usage| u64::from(!usage.lost)),
+        ("gpu_capacity_bytes", "Room for blocks", |usage| usage.capacity_bytes),
+        ("gpu_resident_bytes", "Bytes of slots with blocks that can be read there", |usage| usage.bytes),
+    ];
+    let counters: [GpuGauge; 7] = [
+        ("gpu_promoted_blocks", "Blocks copied there", |usage| usage.counters.promoted_blocks),
+        ("gpu_promoted_bytes", "Bytes of these", |usage| usage.counters.promoted_bytes),
+        ("gpu_demoted_blocks", "Only copies that moved to host memory", |usage| {
+            usage.counters.demoted_blocks
+        }),
+        ("gpu_dropped_blocks", "Copies that made room and were elsewhere, too", |usage| {
+            usage.counters.dropped_blocks
+        }),
+        ("gpu_read_bytes", "Block bytes copied to host memory for readers that cannot reach it", |usage| {
+            usage.counters.read_bytes
+        }),
+        ("gpu_corrupt_blocks", "Blocks whose bytes were wrong", |usage| usage.counters.corrupt_blocks),
+        ("gpu_errors", "Copies that failed", |usage| usage.counters.errors),
+    ];
+    for (kind, metrics) in [(MetricType::Gauge, &gauges[..]), (MetricType::Counter, &counters[..])] {
+        for (name, help, value) in metrics {
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for usage in &usages {
+                let labels = [("gpu", engine.gpus().info(usage.gpu).ordinal.to_string())];
+                let metric = family.encode_family(&labels)?;
+                match kind {
+                    MetricType::Counter => ConstCounter::new(value(usage)).encode(metric)?,
+                    _ => ConstGauge::new(i64::try_from(value(usage)).unwrap_or(i64::MAX)).encode(metric)?,
+                }
+            }
+        }
+    }
+    let queued = engine.inspect(cairn_core::Core::gpu_queue) as i64;
+    let help = "Blocks that wait to be copied to a GPU";
+    ConstGauge::new(queued).encode(encoder.encode_descriptor(
+        "gpu_queued_blocks",
+        help,
+        None,
+        MetricType::Gauge,
+    )?)
 }

@@ -134,6 +134,9 @@ impl Server {
                 tracing::error!(%error, "a device of the NVMe tier is not in service");
             }
         }
+        if !engine.gpus().is_empty() {
+            engine.tasks().spawn(crate::gpus::run(engine.clone()));
+        }
         let (background, data) = (TaskTracker::new(), CancellationToken::new());
         context.wires = wires.start(&config, &context, (&data, &background))?.into();
         background.spawn(tick(engine.clone(), stop.clone()));
@@ -188,6 +191,11 @@ impl Server {
         self.context.engine.inspect(cairn_core::Core::devices)
     }
 
+    /// Every GPU of the tier.
+    pub fn gpus(&self) -> Vec<cairn_core::GpuUsage> {
+        self.context.engine.inspect(cairn_core::Core::gpus)
+    }
+
     /// Checks every invariant of the core. For tests: takes time in proportion to what is stored.
     ///
     /// # Errors
@@ -217,6 +225,7 @@ impl Server {
         self.data.cancel();
         let engine = &self.context.engine;
         engine.devices().stop();
+        engine.gpus().stop.cancel();
         engine.tasks().close();
         if tokio::time::timeout(self.grace, engine.tasks().wait()).await.is_err() {
             tracing::warn!("work on devices was cut off at the end of the grace");

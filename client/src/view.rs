@@ -8,6 +8,7 @@ use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{BlockHash, Checksum, MissReason, Outcome, SpaceId, Tier};
 use cairn_transfer::shm::Pinned;
+use cairn_transfer::store::{GpuChunk, GpuUuid};
 use cairn_transfer::{FetchJob, WireKind};
 use memmap2::MmapRaw;
 use std::sync::Arc;
@@ -69,6 +70,32 @@ impl View {
         }
     }
 
+    /// The memory of a GPU in which the `index`-th block lies, and where it begins there, for callers that asked with
+    /// [`CacheClient::fetch_view_near`]. Such a block has no bytes here: copy them on the GPU, and tell [`Self::accept`] the checksum of
+    /// the copy.
+    pub fn on_gpu(&self, index: usize) -> Option<(&Arc<GpuChunk>, u64)> {
+        match &self.bytes {
+            Bytes::Pinned(pinned) => pinned.on_gpu(self.first + index),
+            Bytes::Copied(_) => None,
+        }
+    }
+
+    /// What the checksum of the `index`-th block is computed with: its seed.
+    pub fn seed(&self, index: usize) -> u64 {
+        Checksum::seed(&self.space, &self.hashes[index])
+    }
+
+    /// Decides on a block that the caller copied: whether the copy's checksum is the block's. The server is told if not.
+    ///
+    /// # Errors
+    /// The outcome of a block that is no hit.
+    pub fn accept(&self, index: usize, checksum: Checksum) -> Result<(), Outcome> {
+        match self.outcomes[index].get_or_init(|| self.judge(index, checksum)) {
+            Outcome::Hit(_) => Ok(()),
+            outcome => Err(*outcome),
+        }
+    }
+
     fn bytes(&self, index: usize) -> Result<&[u8], MissReason> {
         match &self.bytes {
             Bytes::Pinned(pinned) => pinned.bytes(self.first + index),
@@ -79,18 +106,19 @@ impl View {
     fn verify(&self, index: usize) -> Outcome {
         match self.bytes(index) {
             Err(reason) => Outcome::Miss(reason),
-            Ok(bytes) => {
-                let hash = &self.hashes[index];
-                if Checksum::of(&self.space, hash, bytes) == self.checksums[index] {
-                    return Outcome::Hit(self.tiers[index]);
-                }
-                tracing::warn!(?hash, "a block in shared memory is corrupt");
-                if let Some(connection) = &self.connection {
-                    report(connection, self.lease.clone(), (self.first + index) as u32);
-                }
-                Outcome::Corrupt
-            }
+            Ok(bytes) => self.judge(index, Checksum::of(&self.space, &self.hashes[index], bytes)),
         }
+    }
+
+    fn judge(&self, index: usize, found: Checksum) -> Outcome {
+        if found == self.checksums[index] {
+            return Outcome::Hit(self.tiers[index]);
+        }
+        tracing::warn!(hash = ?self.hashes[index], "a block in shared memory is corrupt");
+        if let Some(connection) = &self.connection {
+            report(connection, self.lease.clone(), (self.first + index) as u32);
+        }
+        Outcome::Corrupt
     }
 }
 
@@ -106,6 +134,15 @@ impl CacheClient {
     /// # Panics
     /// When the positions are outside the run.
     pub async fn fetch_view(&self, run: &Run, first: usize, count: usize) -> View {
+        self.fetch_view_near(run, first, count, &[]).await
+    }
+
+    /// As [`Self::fetch_view`], for callers that can open the memory of GPUs: blocks that are there stay there, see [`View::on_gpu`]; those in
+    /// host memory are copied to a GPU for the next reader.
+    ///
+    /// # Panics
+    /// When the positions are outside the run.
+    pub async fn fetch_view_near(&self, run: &Run, first: usize, count: usize, gpus: &[GpuUuid]) -> View {
         assert!(first + count <= run.len(), "positions outside the run");
         let deadline = Instant::now() + self.options().fetch_timeout;
         if let Ok(connection) = self.connection(deadline).await
@@ -119,7 +156,7 @@ impl CacheClient {
                 locations: run.locations.clone(),
                 range_bytes: 0,
             };
-            let pin = shm.pin(&job, run.space.block_bytes());
+            let pin = shm.pin(&job, run.space.block_bytes(), gpus);
             let pinned = tokio::time::timeout_at(patience(deadline, false), pin).await;
             match pinned.unwrap_or_else(|_| Err(Status::deadline_exceeded("no pin in time"))) {
                 Ok(pinned) => {

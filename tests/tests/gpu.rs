@@ -61,6 +61,14 @@ fn a_lost_device_is_said_and_nothing_waits_for_it() {
 }
 
 #[test]
+fn a_cache_server_keeps_blocks_on_the_gpu() {
+    passes(&["tier"], &[("CAIRN_EMULATOR_SEED", "6")]);
+    for operations in ["2", "4"] {
+        passes(&["lost-tier", "--lose-after", operations], &[]);
+    }
+}
+
+#[test]
 fn a_driver_without_a_card_is_said() {
     let Some(output) = check(&["probe"], &[("CAIRN_EMULATOR_DEVICES", "0")]) else { return };
     assert_eq!(output.status.code(), Some(3));

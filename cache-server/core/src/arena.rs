@@ -36,6 +36,7 @@ struct Chunk {
     free: Vec<u32>,
     /// Whose bytes are in its memory, which clients of this tenant may have mapped: nobody else may use it as it is.
     tenant: Option<usize>,
+    retired: bool,
 }
 
 struct Class {
@@ -56,6 +57,8 @@ pub(crate) struct Arena {
     tenant_chunks: Vec<usize>,
     /// Chunks that need other memory before anything is written to them.
     stale: Vec<u32>,
+    /// Chunks that one tenant may ever have, where a chunk stays with its first tenant.
+    keeps: Option<usize>,
 }
 
 impl Arena {
@@ -68,6 +71,24 @@ impl Arena {
             used_slots: 0,
             tenant_chunks: Vec::new(),
             stale: Vec::new(),
+            keeps: None,
+        }
+    }
+
+    /// A chunk stays with its first tenant for good: its memory cannot be replaced, and nobody can say who still has it mapped. None of
+    /// them gets more than so many.
+    pub(crate) fn keeping_tenants(mut self, max_chunks: usize) -> Self {
+        self.keeps = Some(max_chunks);
+        self
+    }
+
+    /// Nothing is put into a chunk any more. What is there stays until it is given back.
+    pub(crate) fn retire(&mut self, chunk_id: u32) {
+        let chunk = &mut self.chunks[chunk_id as usize];
+        chunk.retired = true;
+        self.free_chunks.remove(&chunk_id);
+        if let Some(class) = chunk.class {
+            self.classes[class.0 as usize].open.remove(&chunk_id);
         }
     }
 
@@ -112,7 +133,16 @@ impl Arena {
     /// A chunk out of the pool, best one whose memory this tenant may use as it is.
     fn free_chunk(&mut self, tenant: usize) -> Option<u32> {
         let usable = |chunk: &&u32| self.chunks[**chunk as usize].tenant.is_none_or(|owner| owner == tenant);
-        let chunk = *self.free_chunks.iter().find(usable).or(self.free_chunks.first())?;
+        let chunk = match self.keeps {
+            None => *self.free_chunks.iter().find(usable).or(self.free_chunks.first())?,
+            Some(max) => {
+                let of_tenant = |chunk: &&Chunk| chunk.tenant == Some(tenant);
+                let may_have_more = self.chunks.iter().filter(of_tenant).count() < max;
+                let own = |chunk: &&u32| self.chunks[**chunk as usize].tenant == Some(tenant);
+                let own = self.free_chunks.iter().find(own);
+                *own.or_else(|| self.free_chunks.iter().find(usable).filter(|_| may_have_more))?
+            }
+        };
         self.free_chunks.remove(&chunk);
         let before = self.chunks[chunk as usize].tenant.replace(tenant);
         if before.is_some_and(|owner| owner != tenant) {
@@ -140,12 +170,15 @@ impl Arena {
         self.used_slots -= 1;
         let class = &mut self.classes[class_id.0 as usize];
         if chunk.free.len() == chunk.occupants.len() {
-            *chunk = Chunk { tenant: chunk.tenant, ..Chunk::default() };
+            let retired = chunk.retired;
+            *chunk = Chunk { tenant: chunk.tenant, retired, ..Chunk::default() };
             class.chunks.remove(&slot.chunk);
             class.open.remove(&slot.chunk);
             self.tenant_chunks[class.tenant] -= 1;
-            self.free_chunks.insert(slot.chunk);
-        } else {
+            if !retired {
+                self.free_chunks.insert(slot.chunk);
+            }
+        } else if !chunk.retired {
             class.open.insert(slot.chunk);
         }
     }

@@ -53,12 +53,12 @@ impl Core {
         let here = |(id, entry): (EntryId, &crate::index::Entry)| {
             let place = entry.place()?;
             let here = self.disks.segments[place.segment as usize].device == number;
-            (here && entry.state == EntryState::Resident).then_some((id, entry.slot().is_some()))
+            (here && entry.state == EntryState::Resident).then_some((id, self.in_memory(id)))
         };
         let mut blocks: Vec<(EntryId, bool)> = self.index.occupied().filter_map(here).collect();
         blocks.sort_by_key(|(id, _)| std::cmp::Reverse(self.index[*id].depth));
-        for (id, in_host) in blocks {
-            if !in_host {
+        for (id, in_memory) in blocks {
+            if !in_memory {
                 self.remove(now, id, MissReason::DeviceLost, effects);
             } else {
                 self.leave_device(id, Left::Removed);

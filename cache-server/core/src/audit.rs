@@ -18,6 +18,7 @@ impl Core {
         self.audit_classes()?;
         self.audit_owners()?;
         self.audit_devices()?;
+        self.audit_gpus()?;
         ensure(self.counters.balanced(), || format!("counters do not add up: {:?}", self.counters))
     }
 
@@ -32,7 +33,7 @@ impl Core {
                     format!("{id:?} is not in its slot: {occupant:?}")
                 })?;
             }
-            let somewhere = entry.slot().is_some() || entry.place().is_some();
+            let somewhere = entry.slot().is_some() || entry.place().is_some() || self.on_gpu(id).is_some();
             ensure(somewhere || entry.state == EntryState::Doomed, || format!("{id:?} is nowhere"))?;
             let found = self.index.find(entry.space, &entry.hash);
             ensure((entry.state == EntryState::Resident) == (found == Some(id)), || {
@@ -69,7 +70,8 @@ impl Core {
             Going::Write { entry, .. } => Some(*entry),
             _ => None,
         });
-        for reference in writes.chain(self.loads.values().map(|load| load.entry)) {
+        let moves = writes.chain(self.loads.values().map(|load| load.entry));
+        for reference in moves.chain(self.gpus.filling.values().copied()) {
             *pins.entry(reference.id).or_default() += 1;
         }
         for (id, entry) in self.index.occupied() {

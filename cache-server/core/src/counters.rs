@@ -19,7 +19,7 @@ pub struct Counters {
     pub duplicate_blocks: u64,
     /// Had to make room.
     pub evicted_blocks: u64,
-    /// Left host memory and stayed on a device.
+    /// Left host memory and stayed on a device or a GPU.
     pub demoted_blocks: u64,
     /// Left because their bytes were wrong.
     pub quarantined_blocks: u64,
@@ -46,6 +46,8 @@ pub struct Usage {
     pub host_blocks: usize,
     /// Bytes of the slots of blocks in host memory.
     pub resident_bytes: u64,
+    /// Committed blocks that can be read on a GPU.
+    pub gpu_blocks: usize,
     /// Slots that hold anything: resident, reserved, or removed but still read.
     pub used_slots: usize,
     /// Chunks that no slot size owns.

@@ -1,7 +1,9 @@
 //! What can happen to a core, and what follows. Plain data: no behaviour.
 
-use crate::moves::{DeviceId, Ended, Found, Load, LoadId, Move, MoveId, ScrubItem};
-use crate::{DeviceConfig, EntryId, SlotId};
+use crate::moves::{
+    CopyId, DeviceId, Ended, Found, GpuId, GpuSlot, GpuWork, Load, LoadId, Move, MoveId, ScrubItem,
+};
+use crate::{DeviceConfig, EntryId, GpuTierConfig, SlotId};
 use cairn_proto::{BlockHash, Checksum, KeySpace, MissReason, Outcome, SpaceId, Tier};
 use thiserror::Error;
 
@@ -211,8 +213,46 @@ pub enum Event<'a> {
         /// With what result.
         ended: Ended,
     },
+    /// Something about GPUs.
+    Gpu(GpuEvent<'a>),
     /// Time went by.
     Tick,
+}
+
+/// See [`Event::Gpu`].
+#[derive(Clone, Debug)]
+pub enum GpuEvent<'a> {
+    /// The GPUs of this server, once and before all else that is about them.
+    Attach(&'a GpuTierConfig),
+    /// A reader that can use copies on a GPU reads blocks of its lease.
+    Want {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+        /// First position in the run.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// More can be copied to and from GPUs.
+    Plan(Room),
+    /// A copy to a GPU ended.
+    EndCopy {
+        /// Which.
+        copy: CopyId,
+        /// How.
+        ended: Ended,
+    },
+    /// The server found that the copy of a block on a GPU does not match its checksum.
+    Spoil {
+        /// Where.
+        space: SpaceId,
+        /// Which.
+        hash: BlockHash,
+    },
+    /// A GPU is gone.
+    Lose(GpuId),
 }
 
 /// How much more a device can take.
@@ -248,6 +288,8 @@ pub struct Effects {
     pub removed: Vec<Removed>,
     /// Devices that went out of service.
     pub lost: Vec<DeviceId>,
+    /// GPUs that went out of service.
+    pub lost_gpus: Vec<GpuId>,
     /// Chunks that go from one tenant to another: what is in their memory is the first one's, whose clients may have mapped it. They
     /// need other memory before anything is written to them.
     pub stale: Vec<u32>,
@@ -306,6 +348,8 @@ pub enum Reply {
     Device(DeviceId),
     /// To [`Event::PlanMoves`].
     Moves(Vec<Move>),
+    /// To [`GpuEvent::Plan`]: to be started in any order.
+    Copies(Vec<GpuWork>),
     /// To [`Event::BeginScrub`]: `None` after the last block.
     Scrub(Option<ScrubItem>),
     /// To [`Event::Commit`].
@@ -323,6 +367,8 @@ pub enum Reply {
 pub struct ReadSlot {
     /// Where the bytes are; `None` when they must be loaded first.
     pub slot: Option<SlotId>,
+    /// Where they are on a GPU, too.
+    pub gpu: Option<GpuSlot>,
     /// Whose they are.
     pub hash: BlockHash,
     /// What they must add up to.

@@ -18,7 +18,7 @@ pub(crate) struct EntryRef {
     generation: u32,
 }
 
-/// One committed block: in host memory, on a device, or both.
+/// One committed block: in host memory, on a device, on a GPU, or on several of them.
 pub(crate) struct Entry {
     pub(crate) hash: BlockHash,
     /// The block before it; `None` at the start of a prompt. A hash, not a reference: the parent may leave and return.

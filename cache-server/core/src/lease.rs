@@ -4,7 +4,7 @@ use crate::index::{EntryId, EntryState};
 use crate::state::Core;
 use crate::timers::Timer;
 use crate::{LeaseId, Millis, ReadSlot, Refusal, Reply, SessionId, SlotId};
-use cairn_proto::{BlockHash, MissReason, Outcome, SpaceId, Tier};
+use cairn_proto::{BlockHash, MissReason, Outcome, SpaceId};
 
 pub(crate) struct Lease {
     pub(crate) session: SessionId,
@@ -37,11 +37,7 @@ impl Core {
         self.spaces.class_of(space).used = now;
         let busy = held >= self.config.max_leases_per_session;
         let mut outcomes = Vec::with_capacity(hashes.len());
-        let outcome = |id: &EntryId| match self.index[*id].slot() {
-            _ if busy => Outcome::Busy,
-            Some(_) => Outcome::Hit(Tier::Host),
-            None => Outcome::Hit(Tier::Nvme),
-        };
+        let outcome = |id: &EntryId| if busy { Outcome::Busy } else { Outcome::Hit(self.tier(*id)) };
         outcomes.extend(run.iter().map(outcome));
         if let Some(hole) = hashes.get(run.len()) {
             let reason = match self.index.find(space, hole) {
@@ -89,7 +85,7 @@ impl Core {
     ) -> Vec<cairn_proto::Checksum> {
         let class = self.spaces[space].class;
         let mut checksums = Vec::with_capacity(run.len());
-        let on_devices = !self.disks.devices.is_empty();
+        let (on_devices, on_gpus) = (!self.disks.devices.is_empty(), !self.gpus.is_empty());
         for id in run.iter().rev() {
             let entry = &mut self.index[*id];
             let class = &mut self.spaces.classes[class.0 as usize];
@@ -104,6 +100,9 @@ impl Core {
                 self.touch_disk(*id);
                 self.used_again(*id);
             }
+            if on_gpus {
+                self.touch_gpu(*id);
+            }
         }
         self.settle(run.first().copied(), asked);
         checksums.reverse();
@@ -115,6 +114,7 @@ impl Core {
         let Some(id) = one else { return };
         let space = self.index[id].space;
         self.settle_host(space, asked);
+        self.settle_gpu(space, asked);
         for device in &mut self.disks.devices {
             device.policy.requested(&mut self.disk_nodes, asked);
             device.policy.settle(&mut self.disk_nodes);
@@ -178,7 +178,8 @@ impl Core {
         };
         let slot = |id: &EntryId| {
             let entry = &self.index[*id];
-            ReadSlot { slot: entry.slot(), hash: entry.hash, checksum: entry.checksum }
+            let gpu = self.gpus.ready(*id).map(|slot| self.gpus.outside(slot));
+            ReadSlot { slot: entry.slot(), gpu, hash: entry.hash, checksum: entry.checksum }
         };
         let slots = run.iter().map(slot).collect();
         lease.reads += 1;

@@ -13,6 +13,7 @@ mod config;
 mod counters;
 mod disk;
 mod event;
+mod gpu;
 mod history;
 mod index;
 mod lease;
@@ -20,6 +21,7 @@ mod load;
 mod moves;
 mod nvme;
 pub mod policy;
+mod promote;
 mod reclaim;
 pub mod replay;
 mod reserve;
@@ -33,13 +35,14 @@ pub use config::{ConfigError, CoreConfig, TenantQuota};
 pub use counters::{Counters, Usage};
 pub use disk::{DeviceConfig, HEADER_PAGES, PAGE_BYTES, SUMMARY_RECORD_BYTES, record_pages, summary_pages};
 pub use event::{
-    BlockState, CommitOutcome, Effects, Event, FillSlot, Grant, LeaseId, Millis, ReadSlot, Refusal, Removed,
-    Reply, ReservationId, Room, SessionId, SpaceUsage,
+    BlockState, CommitOutcome, Effects, Event, FillSlot, GpuEvent, Grant, LeaseId, Millis, ReadSlot, Refusal,
+    Removed, Reply, ReservationId, Room, SessionId, SpaceUsage,
 };
+pub use gpu::GpuTierConfig;
 pub use index::EntryId;
 pub use moves::{
-    DeviceCondition, DeviceCounters, DeviceId, DeviceUsage, DiskPlace, Ended, Found, Load, LoadId, Move,
-    MoveId, Record, ScrubItem, Source, Work,
+    CopyId, DeviceCondition, DeviceCounters, DeviceId, DeviceUsage, DiskPlace, Ended, Found, GpuCounters,
+    GpuId, GpuSlot, GpuUsage, GpuWork, Load, LoadId, Move, MoveId, Origin, Record, ScrubItem, Source, Work,
 };
 pub use nvme::Admission;
 pub use policy::PolicyKind;

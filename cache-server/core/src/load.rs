@@ -1,7 +1,7 @@
-//! Bringing blocks from devices to readers.
+//! Bringing blocks from devices and GPUs to readers.
 
 use crate::index::{EntryId, EntryRef, EntryState};
-use crate::moves::{DeviceId, Ended, Load, LoadId, ScrubItem};
+use crate::moves::{DeviceId, Ended, Load, LoadId, Origin, ScrubItem};
 use crate::policy::Left;
 use crate::state::Core;
 use crate::{Effects, LeaseId, Millis, Refusal, Reply, SlotId};
@@ -13,7 +13,11 @@ pub(crate) struct Loading {
     /// Where it goes; `None` when it is for one reader only, or only checked.
     pub(crate) slot: Option<SlotId>,
     /// Nobody asked for it: no read of anybody's.
-    scrub: bool,
+    pub(crate) scrub: bool,
+    /// It comes from this GPU, not from a device.
+    pub(crate) gpu: Option<usize>,
+    /// The GPU needs the room: nobody asked for it either, and its copy there goes.
+    pub(crate) leaves: bool,
 }
 
 impl Core {
@@ -33,7 +37,15 @@ impl Core {
         if let Some(slot) = entry.slot() {
             return Ok(Reply::Load(Load::Ready(slot)));
         }
-        let Some(place) = entry.place().filter(|_| entry.state == EntryState::Resident) else {
+        let resident = entry.state == EntryState::Resident;
+        let from = match (self.on_gpu(id), entry.place()) {
+            (Some(slot), _) if resident => {
+                Some((Origin::Gpu(self.gpus.outside(slot)), Some(self.gpus.gpu_of(slot))))
+            }
+            (_, Some(place)) if resident => Some((Origin::Disk(self.disks.outside(place)), None)),
+            _ => None,
+        };
+        let Some((from, gpu)) = from else {
             let reason = self.history.find(entry.space, &entry.hash);
             let reason = reason.map_or(MissReason::DeviceLost, |(reason, _)| reason);
             return Ok(Reply::Load(Load::Lost(reason)));
@@ -42,7 +54,6 @@ impl Core {
             return Ok(Reply::Load(Load::Wait));
         }
         let space = entry.space;
-        let from = self.disks.outside(place);
         if let Some(held) = self.leases.get_mut(&lease) {
             held.loaded = true;
         }
@@ -50,7 +61,8 @@ impl Core {
         self.index[id].disk.loading = true;
         let slot = self.make_room(now, space, effects);
         let load = LoadId(self.next_id());
-        self.loads.insert(load, Loading { entry: self.index.reference(id), slot, scrub: false });
+        let entry = self.index.reference(id);
+        self.loads.insert(load, Loading { entry, slot, scrub: false, gpu, leaves: false });
         let record = self.record_of(id, 0);
         Ok(Reply::Load(match slot {
             Some(slot) => Load::Promote { load, from, record, slot },
@@ -60,12 +72,13 @@ impl Core {
 
     /// A load ended: the slot holds the verified bytes, or it does not.
     pub(crate) fn end_load(&mut self, now: Millis, load: LoadId, ended: Ended, effects: &mut Effects) {
-        let Some(Loading { entry: reference, slot, scrub }) = self.loads.remove(&load) else { return };
+        let Some(Loading { entry: reference, slot, scrub, gpu, leaves }) = self.loads.remove(&load) else {
+            return;
+        };
         // Pinned by the load: it is still the same entry.
         let id = reference.id;
         self.index[id].disk.loading = false;
         let (space, resident) = (self.index[id].space, self.index[id].state == EntryState::Resident);
-        let device = self.index[id].place().map(|p| self.disks.segments[p.segment as usize].device);
         match (ended, slot) {
             (Ended::Done, Some(slot)) => {
                 self.arena.occupy(slot, id);
@@ -80,6 +93,17 @@ impl Core {
             (_, Some(slot)) => self.free_slot(space, slot),
             (_, None) => {}
         }
+        match gpu {
+            Some(gpu) => self.end_gpu_load(now, id, (gpu, leaves), ended, effects),
+            None => self.end_disk_load(now, id, scrub, ended, effects),
+        }
+        self.drop_record_of_doomed(id);
+        self.unpin(id);
+    }
+
+    fn end_disk_load(&mut self, now: Millis, id: EntryId, scrub: bool, ended: Ended, effects: &mut Effects) {
+        let space = self.index[id].space;
+        let device = self.index[id].place().map(|p| self.disks.segments[p.segment as usize].device);
         if let Some(device) = device {
             let bytes = self.spaces[space].block_bytes;
             let counters = &mut self.disks.devices[device].counters;
@@ -98,7 +122,7 @@ impl Core {
         let resident = self.index[id].state == EntryState::Resident;
         match ended {
             // A copy in memory is as good as ever.
-            Ended::Corrupt | Ended::Failed | Ended::NoRoom if resident && self.index[id].slot().is_some() => {
+            Ended::Corrupt | Ended::Failed | Ended::NoRoom if resident && self.in_memory(id) => {
                 if let Some(place) = self.index[id].place() {
                     if ended == Ended::Corrupt {
                         self.disks.device_of(place).erases.push(place);
@@ -112,8 +136,6 @@ impl Core {
             }
             _ => {}
         }
-        self.drop_record_of_doomed(id);
-        self.unpin(id);
     }
 
     /// The next block of a device after an entry, held in place while it is checked.
@@ -129,7 +151,8 @@ impl Core {
         self.pin(id);
         self.index[id].disk.loading = true;
         let load = LoadId(self.next_id());
-        self.loads.insert(load, Loading { entry: self.index.reference(id), slot: None, scrub: true });
+        let entry = self.index.reference(id);
+        self.loads.insert(load, Loading { entry, slot: None, scrub: true, gpu: None, leaves: false });
         Some(ScrubItem { load, block: id, from: self.disks.outside(place), record: self.record_of(id, 0) })
     }
 

@@ -12,7 +12,7 @@ pub struct DeviceId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MoveId(pub u64);
 
-/// One block on its way from a device into a host slot.
+/// One block on its way from a device or a GPU into a host slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LoadId(pub u64);
 
@@ -57,6 +57,99 @@ pub enum Source {
     Slot(SlotId),
     /// Another record, which stays until the move ends.
     Disk(DiskPlace),
+}
+
+/// Where a block is loaded from. It keeps its bytes until the load ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A record on a device.
+    Disk(DiskPlace),
+    /// A slot on a GPU.
+    Gpu(GpuSlot),
+}
+
+/// A GPU, by its position in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuId(pub u32);
+
+/// A slot in the memory of a GPU: the `index`-th of a chunk, as in host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuSlot {
+    /// On this GPU.
+    pub gpu: GpuId,
+    /// In this chunk, counted on the GPU.
+    pub chunk: u32,
+    /// Which slot of it.
+    pub index: u32,
+}
+
+/// One block on its way to a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CopyId(pub u64);
+
+/// A copy between host memory and a GPU. Both slots are held in place until its end was told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GpuWork {
+    /// To the GPU. Ends with [`crate::GpuEvent::EndCopy`].
+    Promote {
+        /// To name it when it ends.
+        copy: CopyId,
+        /// What it is.
+        record: Record,
+        /// From here.
+        from: SlotId,
+        /// To here.
+        to: GpuSlot,
+    },
+    /// To host memory, because the GPU needs the room and nothing else has the block. Ends with [`crate::Event::EndLoad`].
+    Demote {
+        /// To name it when it ends.
+        load: LoadId,
+        /// What it should be.
+        record: Record,
+        /// From here.
+        from: GpuSlot,
+        /// To here.
+        to: SlotId,
+    },
+}
+
+/// Totals of one GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuCounters {
+    /// Blocks copied to it, and their bytes.
+    pub promoted_blocks: u64,
+    /// See `promoted_blocks`.
+    pub promoted_bytes: u64,
+    /// Only copies of a block that made room by moving to host memory.
+    pub demoted_blocks: u64,
+    /// Copies that made room and were elsewhere, too.
+    pub dropped_blocks: u64,
+    /// Blocks copied to host memory for readers that cannot reach the GPU, and their bytes.
+    pub read_blocks: u64,
+    /// See `read_blocks`.
+    pub read_bytes: u64,
+    /// Blocks whose bytes were wrong.
+    pub corrupt_blocks: u64,
+    /// Copies that failed.
+    pub errors: u64,
+}
+
+/// One GPU, for administrators.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuUsage {
+    /// Which.
+    pub gpu: GpuId,
+    /// Out of service after errors.
+    pub lost: bool,
+    /// Room for blocks.
+    pub capacity_bytes: u64,
+    /// Blocks that can be read there.
+    pub blocks: u64,
+    /// Bytes of their slots.
+    pub bytes: u64,
+    /// Its totals.
+    pub counters: GpuCounters,
 }
 
 /// Work on a device, to be started in this order.
@@ -153,7 +246,7 @@ pub enum Load {
         /// To name it when it ends.
         load: LoadId,
         /// From here.
-        from: DiskPlace,
+        from: Origin,
         /// What it should be.
         record: Record,
         /// To here.
@@ -164,7 +257,7 @@ pub enum Load {
         /// To name it when it ends.
         load: LoadId,
         /// From here.
-        from: DiskPlace,
+        from: Origin,
         /// What it should be.
         record: Record,
     },

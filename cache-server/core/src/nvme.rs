@@ -164,16 +164,16 @@ impl Core {
         let pages = self.record_pages(self.index[id].space);
         let device = self.disks.device_of(place);
         device.counters.evicted_blocks += 1;
-        let in_host = self.index[id].slot().is_some();
+        let in_memory = self.in_memory(id);
         if self.index[id].disk.copying == Copying::Relocating {
-            device.leaving_pages += u64::from(pages);
+            self.disks.device_of(place).leaving_pages += u64::from(pages);
             self.index[id].disk.copying = Copying::Leaving;
-            if in_host {
+            if in_memory {
                 self.unorder_disk(id, Left::Evicted);
             } else {
                 self.remove(now, id, MissReason::Evicted, effects);
             }
-        } else if !in_host {
+        } else if !in_memory {
             self.remove(now, id, MissReason::Evicted, effects);
         } else {
             self.leave_device(id, Left::Evicted);
@@ -492,6 +492,13 @@ impl Core {
         } else if relocation {
             self.disks.drop_live(to, pages);
             match ended {
+                // What is on a GPU, too, is as good as ever.
+                Ended::Corrupt | Ended::Failed if resident && from_disk && self.in_memory(id) => {
+                    if let Some(place) = self.index[id].place().filter(|_| ended == Ended::Corrupt) {
+                        self.disks.device_of(place).erases.push(place);
+                    }
+                    self.leave_device(id, Left::Removed);
+                }
                 Ended::Corrupt if resident => self.remove(now, id, MissReason::Quarantined, effects),
                 // What cannot be read cannot be moved, and would be in the way for ever.
                 Ended::Failed if resident && from_disk => {

@@ -3,6 +3,7 @@
 
 use crate::arena::Arena;
 use crate::disk::Disks;
+use crate::gpu::Gpus;
 use crate::history::History;
 use crate::index::{EntryId, EntryState, Index};
 use crate::lease::Lease;
@@ -45,6 +46,7 @@ pub struct Core {
     pub(crate) disk_nodes: Nodes,
     pub(crate) loads: BTreeMap<LoadId, Loading>,
     pub(crate) reuse: Reuse,
+    pub(crate) gpus: Gpus,
     last_id: u64,
 }
 
@@ -71,6 +73,7 @@ impl Core {
             disk_nodes: Nodes::default(),
             loads: BTreeMap::new(),
             reuse: Reuse::default(),
+            gpus: Gpus::none(config.chunk_bytes),
             last_id: 0,
             config,
         })
@@ -136,6 +139,7 @@ impl Core {
                 Ok(Reply::Done)
             }
             Event::BeginScrub { device, after } => Ok(Reply::Scrub(self.begin_scrub(device, after))),
+            Event::Gpu(event) => self.apply_gpu(now, event, &mut effects),
             Event::Explain { space, hashes } => self.explain(now, space, hashes),
             Event::Tick => Ok(Reply::Done),
         };
@@ -158,6 +162,7 @@ impl Core {
             resident_blocks: self.index.len(),
             host_blocks: self.spaces.classes.iter().map(|class| class.blocks).sum(),
             resident_bytes: self.resident_bytes,
+            gpu_blocks: self.gpus().iter().map(|gpu| gpu.blocks as usize).sum(),
             used_slots: self.arena.used_slots(),
             free_chunks: self.arena.free_chunks(),
         }
@@ -209,9 +214,12 @@ impl Core {
         if slot_bytes > chunk_bytes {
             return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
         }
-        let Self { spaces, arena, config, .. } = self;
-        spaces
-            .open(key, slot_bytes, |tenant| (arena.add_class(tenant, slot_bytes), config.policy.build(0)))?;
+        let Self { spaces, arena, gpus, config, .. } = self;
+        let new_class = |tenant| {
+            gpus.add_class(tenant, slot_bytes);
+            (arena.add_class(tenant, slot_bytes), config.policy.build(0))
+        };
+        spaces.open(key, slot_bytes, new_class)?;
         let space = self.spaces.find(&key.id())?;
         self.spaces.class_of(space).used = now;
         Ok(Reply::Done)
@@ -223,9 +231,12 @@ impl Core {
         if slot_bytes > chunk_bytes {
             return Err(Refusal::BlockTooLarge { block_bytes: slot_bytes, chunk_bytes });
         }
-        let Self { spaces, arena, config, .. } = self;
+        let Self { spaces, arena, gpus, config, .. } = self;
         let names = (record.space, &*record.tenant);
-        let new_class = |tenant| (arena.add_class(tenant, slot_bytes), config.policy.build(0));
+        let new_class = |tenant| {
+            gpus.add_class(tenant, slot_bytes);
+            (arena.add_class(tenant, slot_bytes), config.policy.build(0))
+        };
         spaces.enter(names, (record.block_bytes, slot_bytes), new_class)
     }
 
@@ -280,13 +291,22 @@ impl Core {
         };
         let entry = &self.index[id];
         BlockState::Resident {
-            tier: if entry.slot().is_some() { Tier::Host } else { Tier::Nvme },
+            tier: self.tier(id),
             durable: entry.disk.durable,
             bytes: self.spaces.classes[self.spaces[space].class.0 as usize].slot_bytes,
             leases: entry.pins,
             idle_ms: now.since(entry.touched),
             checksum: entry.checksum,
             reachable: self.reachable(space, id, known),
+        }
+    }
+
+    /// The fastest tier that has a block.
+    pub(crate) fn tier(&self, id: EntryId) -> Tier {
+        match self.index[id].slot() {
+            _ if self.on_gpu(id).is_some() => Tier::Gpu,
+            Some(_) => Tier::Host,
+            None => Tier::Nvme,
         }
     }
 
@@ -350,6 +370,7 @@ impl Core {
             class.blocks -= 1;
         }
         self.unorder_disk(id, left);
+        self.leave_gpu(id, left);
         match (reason, place) {
             (MissReason::Evicted, _) => self.counters.evicted_blocks += 1,
             (MissReason::Quarantined, None) => self.counters.quarantined_blocks += 1,
@@ -380,7 +401,7 @@ impl Core {
 
     /// Makes room in host memory: the block leaves, unless a device has it too.
     pub(crate) fn evict_from_host(&mut self, now: Millis, id: EntryId, effects: &mut Effects) {
-        if self.index[id].place().is_some() {
+        if self.index[id].place().is_some() || self.on_gpu(id).is_some() {
             self.counters.demoted_blocks += 1;
             self.leave_host(id, Left::Evicted);
         } else {
@@ -405,18 +426,20 @@ impl Core {
             return;
         }
         match entry.state {
-            EntryState::Doomed => self.free_entry(id),
+            EntryState::Doomed => return self.free_entry(id),
             _ if entry.slot().is_some() => {
                 let space = entry.space;
                 self.spaces.class_of(space).evictable += 1;
             }
             _ => {}
         }
+        self.release_spoilt_copy(id);
     }
 
     fn free_entry(&mut self, id: EntryId) {
         let entry = &self.index[id];
         let (space, slot, place) = (entry.space, entry.slot(), entry.place());
+        self.release_copy(id);
         self.index.free(id);
         if let Some(slot) = slot {
             self.free_slot(space, slot);

@@ -1,7 +1,9 @@
 //! The settings of a server: one typed tree, read here and nowhere else. `deploy/cairn.toml` shows all of it.
 
+mod gpu;
 mod network;
 
+pub use gpu::GpuConfig;
 pub use network::{TlsConfig, TokenConfig, WiresConfig};
 
 use crate::tiers::nvme::{DeviceOptions, KEY_BYTES};
@@ -25,6 +27,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// The host memory tier.
     pub host: HostConfig,
+    /// The tier in the memory of GPUs. Without `capacity_mib` there is none.
+    pub gpu: GpuConfig,
     /// The NVMe tier. Without a device there is none.
     pub nvme: NvmeConfig,
     /// TLS for every network path.

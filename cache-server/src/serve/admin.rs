@@ -105,6 +105,48 @@ fn device_stats(engine: &Engine) -> Vec<pb::DeviceStats> {
     engine.devices().all().into_iter().map(device).collect()
 }
 
+fn gpu_stats(engine: &Engine) -> Vec<pb::GpuStats> {
+    let gpu = |usage: cairn_core::GpuUsage| {
+        let (info, counters) = (engine.gpus().info(usage.gpu), usage.counters);
+        pb::GpuStats {
+            device: info.ordinal as u32,
+            name: info.name.clone(),
+            state: if usage.lost { "lost" } else { "ready" }.into(),
+            capacity_bytes: usage.capacity_bytes,
+            resident_bytes: usage.bytes,
+            resident_blocks: usage.blocks,
+            promoted_blocks: counters.promoted_blocks,
+            promoted_bytes: counters.promoted_bytes,
+            demoted_blocks: counters.demoted_blocks,
+            dropped_blocks: counters.dropped_blocks,
+            read_blocks: counters.read_blocks,
+            read_bytes: counters.read_bytes,
+            corrupt_blocks: counters.corrupt_blocks,
+            errors: counters.errors,
+            shared: engine.gpus().is_shared(usage.gpu),
+        }
+    };
+    engine.inspect(cairn_core::Core::gpus).into_iter().map(gpu).collect()
+}
+
+/// The GPU tier as a whole; absent when there is none.
+fn gpu_tier(
+    engine: &Engine,
+    gpus: &[pb::GpuStats],
+    counters: &cairn_core::Counters,
+) -> Option<pb::TierStats> {
+    let in_service = || gpus.iter().filter(|gpu| gpu.state == "ready");
+    (!gpus.is_empty()).then(|| pb::TierStats {
+        tier: pb::Tier::Gpu.into(),
+        capacity_bytes: in_service().map(|gpu| gpu.capacity_bytes).sum(),
+        resident_bytes: in_service().map(|gpu| gpu.resident_bytes).sum(),
+        resident_blocks: in_service().map(|gpu| gpu.resident_blocks).sum(),
+        hit_blocks: counters.hit_blocks[Tier::Gpu as usize],
+        evicted_blocks: gpus.iter().map(|gpu| gpu.dropped_blocks + gpu.demoted_blocks).sum(),
+        policy: engine.gpus().policy().to_owned(),
+    })
+}
+
 /// The NVMe tier as a whole; absent when there is none.
 fn nvme_stats(
     engine: &Engine,
@@ -147,6 +189,8 @@ fn stats(context: &Context) -> pb::StatsResponse {
         policy: policy.to_owned(),
     };
     let devices = device_stats(&context.engine);
+    let gpus = gpu_stats(&context.engine);
+    let gpu_tier = gpu_tier(&context.engine, &gpus, &counters);
     let nvme = nvme_stats(&context.engine, &devices, &counters);
     let misses = MissReason::ALL.iter().zip(counters.missed_blocks);
     let misses = misses
@@ -165,7 +209,7 @@ fn stats(context: &Context) -> pb::StatsResponse {
         leases: usage.leases as u32,
         reservations: usage.reservations as u32,
         asked_blocks: counters.asked_blocks,
-        tiers: std::iter::once(host).chain(nvme).collect(),
+        tiers: gpu_tier.into_iter().chain([host]).chain(nvme).collect(),
         misses: misses.filter(|count| count.blocks > 0).collect(),
         committed_blocks: counters.committed_blocks,
         duplicate_blocks: counters.duplicate_blocks,
@@ -177,6 +221,8 @@ fn stats(context: &Context) -> pb::StatsResponse {
         spaces: spaces.into_iter().map(space).collect(),
         busy_blocks: counters.busy_blocks,
         devices,
+        gpus,
+        gpu_queued_blocks: context.engine.inspect(cairn_core::Core::gpu_queue) as u64,
     }
 }
 

@@ -2,6 +2,8 @@
 
 use super::{Context, fetch, publish, refused, session, unexpected};
 use crate::auth::Right;
+use crate::gpus;
+use crate::tiers::gpu::Promised;
 use cairn_core::{BlockState, Event, LeaseId, Reply, ReservationId, SessionId};
 use cairn_proto::{BlockHash, Checksum, KeySpace, SpaceId, pb, wire};
 use futures::Stream;
@@ -103,15 +105,23 @@ impl pb::cache_server::Cache for CacheService {
         let read = self.0.engine.read(names, request.block as usize, 1).map_err(refused)?;
         let block = read.blocks.first().ok_or_else(unexpected)?;
         let (space, hash, checksum) = (read.space, block.hash, block.checksum);
+        let on_gpu = match block.gpu {
+            Some(slot) => {
+                let promised = Promised { space, hash, checksum, bytes: read.block_bytes() };
+                gpus::is_corrupt(&self.0.engine, &promised, slot).await
+            }
+            None => false,
+        };
         // What is on a device is verified as it is brought, and quarantined there.
         let bytes = fetch::block_bytes(&self.0.engine, read).await;
-        let quarantined = bytes.is_ok_and(|bytes| Checksum::of(&space, &hash, &bytes) != checksum);
-        if quarantined {
+        let stored = bytes.is_ok_and(|bytes| Checksum::of(&space, &hash, &bytes) != checksum);
+        if stored {
             tracing::error!(?space, ?hash, "a stored block is corrupt: quarantined");
             self.0.engine.apply(Event::Quarantine { space, hash }).map_err(refused)?;
-        } else {
+        } else if !on_gpu {
             tracing::warn!(?space, ?hash, "a block was corrupted on its way to a client");
         }
+        let quarantined = stored || on_gpu;
         Ok(Response::new(pb::ReportCorruptResponse { quarantined }))
     }
 

@@ -69,9 +69,8 @@ pub(crate) fn stream(context: &Context, request: &pb::FetchRequest) -> Result<Fe
 /// The messages of a fetch. Each block keeps the read alive until it is sent or dropped.
 fn chunks(engine: &Arc<Engine>, read: Read) -> Chunks {
     if read.blocks.iter().all(|block| block.bytes.is_some()) {
-        let blocks = (read.first as u32..).zip(read.blocks);
-        let blocks = blocks.filter_map(|(i, block)| Some((i, Bytes::from_owner(block.bytes?))));
-        let blocks: Vec<_> = blocks.collect();
+        let block = |block: ReadBlock| Some((block.position, Bytes::from_owner(block.bytes?)));
+        let blocks: Vec<_> = read.blocks.into_iter().filter_map(block).collect();
         return Box::pin(stream::iter(
             pack(blocks.into_iter()).map(|pieces| pb::FetchChunk { pieces, losses: Vec::new() }),
         ));
@@ -90,8 +89,7 @@ pub(crate) fn blocks(
     let source = read.source();
     let ahead = (AHEAD_BYTES / source.block_bytes().max(1)).clamp(1, AHEAD_BLOCKS) as usize;
     let engine = engine.clone();
-    let positions = read.first as u32..;
-    let blocks = positions.zip(read.blocks.into_iter().map(|block| block.bytes));
+    let blocks = read.blocks.into_iter().map(|block| (block.position, block.bytes));
     let bring = move |(position, bytes): (u32, Option<SlotBytes>)| {
         let (engine, source) = (engine.clone(), source.clone());
         async move {

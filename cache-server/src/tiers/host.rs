@@ -40,7 +40,7 @@ pub enum ArenaError {
 const CHUNK_BITS: u32 = 24;
 
 struct Chunk {
-    map: MmapRaw,
+    map: Arc<MmapRaw>,
     file: Mutex<File>,
     /// Grows, from 1, with every replacement of its memory.
     generation: AtomicU64,
@@ -149,6 +149,11 @@ impl HostArena {
         Ok(())
     }
 
+    /// The mapping of one chunk, for registering it with a GPU's driver. It stays where it is, but [`Self::replace`] puts other memory under it.
+    pub(crate) fn map(&self, chunk: u32) -> Arc<MmapRaw> {
+        self.chunks[chunk as usize].map.clone()
+    }
+
     /// Memory of one chunk, for registering it with the kernel.
     pub(crate) fn chunk_range(&self, chunk: u32) -> (*mut u8, usize) {
         (self.chunks[chunk as usize].map.as_mut_ptr(), self.chunk_bytes as usize)
@@ -171,7 +176,7 @@ impl HostArena {
     }
 
     /// First byte of a slot in its chunk. Slots are `len` rounded up to the alignment that the core uses.
-    fn range(&self, slot: SlotId, len: u64) -> usize {
+    pub(crate) fn range(&self, slot: SlotId, len: u64) -> usize {
         let slot_bytes = len.next_multiple_of(crate::SLOT_ALIGN_BYTES);
         let start = u64::from(slot.index) * slot_bytes;
         assert!(start + slot_bytes <= self.chunk_bytes, "{slot:?} of {len} bytes is outside its chunk");
@@ -193,7 +198,7 @@ impl Chunk {
         fcntl_add_seals(&file, SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
         // Huge pages are a matter of speed only; most systems forbid them for shared memory.
         let _ = map.advise(Advice::HugePage);
-        Ok(Self { map, file: Mutex::new(file), generation: AtomicU64::new(1) })
+        Ok(Self { map: Arc::new(map), file: Mutex::new(file), generation: AtomicU64::new(1) })
     }
 }
 
@@ -263,6 +268,10 @@ impl SlotWriter {
 
     pub(crate) fn chunk(&self) -> u32 {
         self.slot.chunk
+    }
+
+    pub(crate) fn slot(&self) -> SlotId {
+        self.slot
     }
 }
 

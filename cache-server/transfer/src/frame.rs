@@ -39,6 +39,8 @@ pub(crate) mod kind {
     pub(crate) const TAKEN: u8 = 40;
     pub(crate) const RESERVE: u8 = 41;
     pub(crate) const RESERVED: u8 = 42;
+    pub(crate) const OPEN: u8 = 45;
+    pub(crate) const OPENED: u8 = 46;
     pub(crate) const QUEUE_PAIR: u8 = 43;
     #[cfg(feature = "rdma")]
     pub(crate) const QUEUE_PAIR_AT: u8 = 44;

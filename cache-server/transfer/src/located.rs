@@ -5,7 +5,7 @@ use crate::Arrivals;
 use crate::copy::copy_shared;
 use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::map::Map;
-use crate::store::{Hold, Location, Receiving, Store};
+use crate::store::{GpuUuid, Hold, Location, Receiving, Store};
 use crate::stream::{LONGEST_PUBLISH, drain, is_refusal, lost, send_block, within};
 use crate::wire::{FetchJob, WireKind};
 use bytes::Bytes;
@@ -86,6 +86,7 @@ pub(crate) struct Located {
     /// Only these may be spoken of.
     pub(crate) asked: Range<usize>,
     pub(crate) places: Vec<(u32, Location)>,
+    pub(crate) on_gpu: Vec<(u32, Location)>,
     pub(crate) copies: BTreeMap<u32, Vec<u8>>,
     pub(crate) lost: BTreeMap<u32, MissReason>,
 }
@@ -101,10 +102,17 @@ impl Located {
             match (link.answer().await?, &mut arrivals) {
                 (Frame::Message(kind::LOCATED, body), _) => {
                     let located: pb::LocatedBlocks = decode(body)?;
-                    let places = located.locations.into_iter().map(Location);
-                    let places = located.blocks.into_iter().zip(places);
-                    self.places.extend(places.filter(|(block, _)| self.asked.contains(&(*block as usize))));
-                    if self.places.len() > self.asked.len() {
+                    let told = |blocks: Vec<u32>, places: Vec<u64>| {
+                        let places = blocks.into_iter().zip(places.into_iter().map(Location));
+                        places
+                            .filter(|(block, _)| self.asked.contains(&(*block as usize)))
+                            .collect::<Vec<_>>()
+                    };
+                    let here = told(located.blocks, located.locations);
+                    let on_gpu = told(located.gpu_blocks, located.gpu_locations);
+                    self.places.extend(here);
+                    self.on_gpu.extend(on_gpu);
+                    if self.places.len() + self.on_gpu.len() > self.asked.len() {
                         return Err(nonsense("more places than blocks"));
                     }
                 }
@@ -191,10 +199,13 @@ pub(crate) async fn locate<S: Io>(
     link: &mut Link<S>,
     (wire, session): (WireKind, u64),
     (lease, first, count): (u64, u32, u32),
+    gpus: &[GpuUuid],
 ) -> Result<(Hold, u64), Status> {
-    let mut reading = store.read(wire, session, lease, (first as usize, count as usize))?;
-    let mut bytes = 0;
+    let mut reading = store.read(wire, session, lease, (first as usize, count as usize), gpus)?;
+    let mut bytes = reading.on_gpu.len() as u64 * reading.block_bytes;
     let mut located = pb::LocatedBlocks::default();
+    (located.gpu_blocks, located.gpu_locations) =
+        reading.on_gpu.iter().map(|(block, place)| (*block, place.0)).unzip();
     while let Some((block, brought)) = reading.blocks.next().await {
         match brought {
             Ok(brought) => {

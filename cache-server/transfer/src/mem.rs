@@ -33,7 +33,7 @@ impl Wire for MemWire {
     ) -> BoxFuture<'a, Result<(), Status>> {
         let work = async move {
             let positions = (job.blocks.start, job.blocks.len());
-            let mut reading = self.0.read(WireKind::Mem, job.session, job.lease, positions)?;
+            let mut reading = self.0.read(WireKind::Mem, job.session, job.lease, positions, &[])?;
             while let Some((block, brought)) = reading.blocks.next().await {
                 match brought {
                     Ok(brought) => {

@@ -62,7 +62,7 @@ pub trait Store: Send + Sync + 'static {
     /// See the API.
     fn reserve(&self, session: u64, request: &pb::ReserveRequest) -> Result<pb::ReserveResponse, Status>;
 
-    /// Starts to read leased blocks.
+    /// Starts to read leased blocks. What is in the memory of one of these GPUs is only told of: the reader can open it.
     ///
     /// # Errors
     /// See the API.
@@ -72,7 +72,14 @@ pub trait Store: Send + Sync + 'static {
         session: u64,
         lease: u64,
         positions: (usize, usize),
+        gpus: &[GpuUuid],
     ) -> Result<Reading, Status>;
+
+    /// A chunk of a GPU's memory that holds a block of this lease.
+    ///
+    /// # Errors
+    /// When the lease ended or has no block there.
+    fn gpu_chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<GpuChunk, Status>;
 
     /// Starts to fill a reservation.
     ///
@@ -173,8 +180,26 @@ pub struct Brought {
 pub struct Reading {
     /// In run order, each as it is in memory, or why it cannot be had.
     pub blocks: BoxStream<'static, (u32, Result<Brought, MissReason>)>,
+    /// Those that are on a GPU instead.
+    pub on_gpu: Vec<(u32, Location)>,
+    /// Bytes of each block.
+    pub block_bytes: u64,
     /// Keeps those bytes in place that have a location.
     pub hold: Hold,
+}
+
+/// Identity of a GPU in every process.
+pub type GpuUuid = [u8; 16];
+
+/// What a process needs to open a chunk of a GPU's memory. Others of its tenant can write there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuChunk {
+    /// For CUDA IPC.
+    pub handle: [u8; 64],
+    /// Size in bytes.
+    pub bytes: u64,
+    /// Of this GPU.
+    pub gpu: GpuUuid,
 }
 
 /// One reserved slot.

@@ -266,7 +266,7 @@ pub(crate) async fn send<S: AsyncRead + AsyncWrite + Unpin>(
     request: &pb::FetchRequest,
 ) -> Result<(), Status> {
     let positions = (request.first as usize, request.count as usize);
-    let mut reading = store.read(wire, session, request.lease_id, positions)?;
+    let mut reading = store.read(wire, session, request.lease_id, positions, &[])?;
     let mut bytes = 0;
     while let Some((block, brought)) = reading.blocks.next().await {
         match brought {

@@ -176,6 +176,7 @@ pub(crate) fn stats_json(stats: &pb::StatsResponse) -> serde_json::Value {
     json!({"version": stats.version, "uptime_ms": stats.uptime_ms, "sessions": stats.sessions,
         "leases": stats.leases, "reservations": stats.reservations, "asked_blocks": stats.asked_blocks,
         "tiers": stats.tiers.iter().map(tier).collect::<Vec<_>>(),
+        "gpus": stats.gpus.iter().map(gpu_json).collect::<Vec<_>>(), "gpu_queued_blocks": stats.gpu_queued_blocks,
         "devices": stats.devices.iter().map(device_json).collect::<Vec<_>>(), "missed_blocks": misses,
         "committed_blocks": stats.committed_blocks, "duplicate_blocks": stats.duplicate_blocks,
         "checksum_mismatches": stats.checksum_mismatches, "quarantined_blocks": stats.quarantined_blocks,
@@ -191,6 +192,56 @@ fn used_wires(stats: &pb::StatsResponse) -> impl Iterator<Item = &pb::WireStats>
 fn wire_json(wire: &pb::WireStats) -> serde_json::Value {
     json!({"wire": wire.wire, "fetches": wire.fetches, "fetched_bytes": wire.fetched_bytes,
         "published_bytes": wire.published_bytes})
+}
+
+fn gpu_json(gpu: &pb::GpuStats) -> serde_json::Value {
+    json!({"device": gpu.device, "name": gpu.name, "state": gpu.state, "shared": gpu.shared,
+        "capacity_bytes": gpu.capacity_bytes, "resident_bytes": gpu.resident_bytes,
+        "resident_blocks": gpu.resident_blocks, "promoted_blocks": gpu.promoted_blocks,
+        "promoted_bytes": gpu.promoted_bytes, "demoted_blocks": gpu.demoted_blocks,
+        "dropped_blocks": gpu.dropped_blocks, "read_blocks": gpu.read_blocks, "read_bytes": gpu.read_bytes,
+        "corrupt_blocks": gpu.corrupt_blocks, "errors": gpu.errors})
+}
+
+fn print_gpus(gpus: &[pb::GpuStats]) {
+    if gpus.is_empty() {
+        return;
+    }
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header([
+        "GPU",
+        "name",
+        "state",
+        "shared",
+        "resident",
+        "of",
+        "blocks",
+        "promoted",
+        "demoted",
+        "dropped",
+        "read back",
+        "corrupt",
+        "errors",
+    ]);
+    for gpu in gpus {
+        table.add_row([
+            gpu.device.to_string(),
+            gpu.name.clone(),
+            gpu.state.clone(),
+            if gpu.shared { "yes" } else { "no" }.into(),
+            mib(gpu.resident_bytes),
+            mib(gpu.capacity_bytes),
+            gpu.resident_blocks.to_string(),
+            mib(gpu.promoted_bytes),
+            gpu.demoted_blocks.to_string(),
+            gpu.dropped_blocks.to_string(),
+            mib(gpu.read_bytes),
+            gpu.corrupt_blocks.to_string(),
+            gpu.errors.to_string(),
+        ]);
+    }
+    println!("{table}");
 }
 
 fn device_json(device: &pb::DeviceStats) -> serde_json::Value {
@@ -279,6 +330,7 @@ fn print_stats(stats: &pb::StatsResponse) {
         ]);
     }
     println!("{table}");
+    print_gpus(&stats.gpus);
     print_devices(&stats.devices);
     println!("blocks asked for: {}", stats.asked_blocks);
     for (name, blocks) in named_misses(stats) {

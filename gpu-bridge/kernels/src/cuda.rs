@@ -178,6 +178,11 @@ impl Program {
         Self { name: "sampling", definitions: Vec::new(), kernels: &["sample"] }
     }
 
+    /// Checksums of blocks.
+    pub fn checksum() -> Self {
+        Self { name: "checksum", definitions: Vec::new(), kernels: &["checksum_sums", "checksum_chain"] }
+    }
+
     /// Registers that a thread of a kernel may use. Two blocks of attention must fit beside each other on a multiprocessor, and at least three of
     /// what moves memory, or too few loads are in flight. The attention without tensor cores is for comparing, not for speed.
     pub fn register_budget(&self, kernel: &str) -> u32 {
@@ -186,6 +191,8 @@ impl Program {
             "prefill" | "decode" if plain => 255,
             "prefill" | "decode" => 240,
             "scatter" | "gather" => 168,
+            // One warp for each block: what counts is how many of its sums are on their way.
+            "checksum_chain" => 96,
             _ => 64,
         }
     }
@@ -196,6 +203,7 @@ impl Program {
             "paged" => include_str!("../cuda/paged.cu"),
             "layers" => include_str!("../cuda/layers.cu"),
             "attention" => include_str!("../cuda/attention.cu"),
+            "checksum" => include_str!("../cuda/checksum.cu"),
             _ => include_str!("../cuda/sampling.cu"),
         };
         [COMMON, file].concat()
@@ -204,7 +212,7 @@ impl Program {
     /// Every program that a check must compile: each source in the shapes and formats of the models that are served.
     pub fn all() -> Vec<Self> {
         let bf16 = KvType::Bf16;
-        let mut all = vec![Self::sampling()];
+        let mut all = vec![Self::sampling(), Self::checksum()];
         for (kv_heads, group, head_dim) in [(3, 3, 64), (8, 4, 64), (8, 4, 128), (8, 8, 128), (2, 7, 64)] {
             let shape = HeadShape { kv_heads, group, head_dim, block_tokens: 16 };
             all.push(Self::attention(ActType::Bf16, bf16, &shape, false));
@@ -270,6 +278,10 @@ params! {
         queries: u64, out: u64, pool: u64, tables: u64, tiles: u64, partial: u64, partial_ml: u64, count: u32, splits: u32,
         layer: u32, slots: u32, scale: f32, padding: u32,
     }
+    /// One block: where its first byte is, and the seed of its checksum.
+    ChecksumBlock { offset: u64, seed: u64, }
+    /// `checksum_sums`, `checksum_chain`.
+    ChecksumParams { data: u64, blocks: u64, sums: u64, out: u64, bytes: u64, count: u32, chunks: u32, }
     /// `sample`.
     SampleParams { logits: u64, settings: u64, out: u64, width: u32, padding: u32, }
     /// How the token of a row is chosen: greedily where the temperature is 0; `uniform` is in `0..1`.
@@ -283,3 +295,4 @@ impl Params for RotateParams {}
 impl Params for GateParams {}
 impl Params for AttentionParams {}
 impl Params for SampleParams {}
+impl Params for ChecksumParams {}

@@ -1,9 +1,9 @@
 //! The way between an engine and the cache: loads and publishes run here, on tokio, while the engine computes.
 
-use crate::compute::{Gathered, LoadedBlocks, Stager, Staging};
+use crate::compute::{Gathered, LoadedBlocks, NearBlocks, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
-use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, WireKind};
+use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, View, WireKind};
 use cairn_proto::{BlockHash, Checksum, KeySpace};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -67,6 +67,8 @@ pub(crate) struct Loaded {
     /// Verified blocks from `first` on, in canonical order.
     pub(crate) arrived: Option<LoadedBlocks>,
     pub(crate) blocks: usize,
+    /// Of them, those that came from the memory of a GPU.
+    pub(crate) near: usize,
     /// How they came.
     pub(crate) wire: Option<WireKind>,
     pub(crate) delegated: bool,
@@ -128,7 +130,7 @@ impl Share {
         let started = Instant::now();
         let mut delegated = false;
         let mut staging = None;
-        let in_place = job.stager.reads_mappings() && self.client.shares_memory().await;
+        let in_place = job.stager.reads_in_place() && self.client.shares_memory().await;
         let (lookup, fetched) = if job.may_delegate && self.delegate.is_some() {
             let mut lookup = self.client.lookup(&self.space, &job.hashes).await;
             delegated = self.delegate(&job, lookup.resident()).await;
@@ -152,6 +154,7 @@ impl Share {
             resident: self.client.is_connected().then_some(resident),
             arrived: None,
             blocks: 0,
+            near: 0,
             wire: fetched.wire,
             delegated,
             elapsed: Duration::ZERO,
@@ -219,19 +222,40 @@ impl Share {
 
     /// Blocks up to `end` of the run where the server has them, verified; what is not in place is none.
     async fn view(&self, run: &Run, job: &LoadJob, end: usize, loaded: &mut Loaded) {
-        let view = self.client.fetch_view(run, job.first, end - job.first).await;
+        let gpus = job.stager.near().map(|near| near.gpus()).unwrap_or_default();
+        let view = self.client.fetch_view_near(run, job.first, end - job.first, gpus).await;
+        let verified = match self.verify(&job.stager, view).await {
+            Some(verified) => Some(verified),
+            None => {
+                let view = self.client.fetch_view(run, job.first, end - job.first).await;
+                self.verify(&job.stager, view).await
+            }
+        };
+        let Some((view, near, blocks)) = verified else { return };
         loaded.wire = view.wire();
+        loaded.blocks = blocks;
+        loaded.near = near.as_ref().map_or(0, |near| near.count(blocks));
+        loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(Box::new(view), near));
+    }
+
+    /// Verifies a view up to its first block that is not right, with copies of those on a GPU; none when they could not be copied.
+    async fn verify(&self, stager: &Stager, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
+        let (near, block_bytes) = (stager.near().cloned(), self.space.block_bytes() as usize);
         // Verifying reads every byte once.
         let verified = tokio::task::spawn_blocking(move || {
-            let blocks = (0..view.len()).take_while(|index| view.block(*index).is_ok()).count();
-            (view, blocks)
+            let copied = near.map(|near| near.copy(&view, block_bytes)).transpose();
+            let near = copied
+                .inspect_err(|error| tracing::warn!(%error, "blocks were not copied from a GPU"))
+                .ok()?;
+            let on_gpu = |index: usize| near.as_ref().is_some_and(|near| near.place(index).is_some());
+            let right = |index: &usize| on_gpu(*index) || view.block(*index).is_ok();
+            let blocks = (0..view.len()).take_while(right).count();
+            if let Some(Err(outcome)) = (blocks < view.len()).then(|| view.block(blocks)) {
+                tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
+            }
+            Some((view, near, blocks))
         });
-        let Ok((view, blocks)) = verified.await else { return };
-        if let Some(Err(outcome)) = (blocks < view.len()).then(|| view.block(blocks)) {
-            tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
-        }
-        loaded.blocks = blocks;
-        loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(Box::new(view)));
+        verified.await.ok().flatten()
     }
 
     /// Blocks up to `end` of the run, or to the first that did not arrive whole: how many there are after those that were read with the

@@ -4,7 +4,7 @@ use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
 use cairn_gpu::{HostDevice, conformance};
 use cairn_runtime::ComputeDevice;
 use cairn_tests::gpu::speed::{self, Figure};
-use cairn_tests::gpu::{Bench, sharing, tokens};
+use cairn_tests::gpu::{Bench, sharing, tier, tokens};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,6 +24,8 @@ enum Check {
     Sharing,
     /// The runtime against the CPU's, and through a cache.
     Tokens,
+    /// The cache server's tier in the device's memory.
+    Tier,
     /// What the device does in a second, beside its limits. Not on the emulator.
     Speed,
     /// What needs no device: the host device, and the runtime on the CPU; only by name.
@@ -32,6 +34,10 @@ enum Check {
     Lost,
     /// A worker whose device is lost, likewise.
     LostWorker,
+    /// A cache server whose device is lost, likewise: after so many operations as `--lose-after` says.
+    LostTier,
+    /// The other process of `tier`.
+    ServeTier,
 }
 
 #[derive(Parser)]
@@ -56,6 +62,9 @@ struct Options {
     /// What the second process of `sharing` is given.
     #[arg(long, hide = true)]
     opens: Option<String>,
+    /// For `lost-tier`.
+    #[arg(long, default_value = "100")]
+    lose_after: String,
     /// Folder of kernels that were compiled ahead of time.
     #[arg(long)]
     kernels: Option<PathBuf>,
@@ -70,6 +79,10 @@ fn main() -> ExitCode {
         println!(
             "host: the host device conforms, and the CPU's runtime gives the same tokens through a cache"
         );
+        return ExitCode::SUCCESS;
+    }
+    if options.checks == [Check::ServeTier] {
+        tier::serve();
         return ExitCode::SUCCESS;
     }
     let devices = match probe() {
@@ -104,6 +117,11 @@ fn main() -> ExitCode {
         tokens::answers_end_with_the_device(&ComputeDevice::Cuda { ordinal: options.device, folders });
         return ExitCode::SUCCESS;
     }
+    if named(Check::LostTier) {
+        let compute = ComputeDevice::Cuda { ordinal: options.device, folders };
+        tier::lost(&compute, &["serve-tier"], &options.lose_after);
+        return ExitCode::SUCCESS;
+    }
     if wants(Check::Sharing) {
         let bench = Bench::new(device.clone(), options.seed, 0);
         sharing::mappings(&bench);
@@ -123,6 +141,10 @@ fn main() -> ExitCode {
         tokens::agree_with_the_cpu(&device, options.seed);
         tokens::identical_through_the_cache(&device, options.seed);
         tokens::identical_in_a_crowd(&device, options.seed);
+    }
+    if wants(Check::Tier) {
+        let compute = ComputeDevice::Cuda { ordinal: options.device, folders: folders.clone() };
+        tier::check(&device, &compute, &["serve-tier"], options.seed);
     }
     if wants(Check::Speed) {
         if Bench::new(device.clone(), 0, 0).is_emulated() {

@@ -2,12 +2,14 @@
 //! fresh random inputs and poisoned outputs.
 
 mod attention;
+mod checksums;
 mod layers;
 mod moves;
 mod products;
 mod sampling;
 pub mod sharing;
 pub mod speed;
+pub mod tier;
 pub mod tokens;
 
 use cairn_gpu::backend::cuda::{CudaDevice, CudaMemory, CudaStream};
@@ -45,6 +47,7 @@ impl Bench {
     pub fn kernels(&mut self) {
         for case in 0..self.cases {
             moves::check(self, case);
+            checksums::check(self, case);
             layers::check(self, case);
             attention::check(self, case);
             sampling::check(self);

@@ -204,7 +204,7 @@ impl QuicServer {
         request: pb::FetchRequest,
     ) -> Result<(), Status> {
         let positions = (request.first as usize, request.count as usize);
-        let mut reading = self.store.read(WireKind::Quic, session, request.lease_id, positions)?;
+        let mut reading = self.store.read(WireKind::Quic, session, request.lease_id, positions, &[])?;
         let count = self.lanes.min(request.count.max(1));
         link.send(kind::LANES, &pb::DataLanes { lanes: count }).await?;
         let mut lanes = Vec::new();

@@ -329,7 +329,7 @@ impl<S: Io> Connection<'_, S> {
             kind::FETCH => {
                 let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
                 let blocks = (lease_id, first, count);
-                locate(&self.store, self.link, (WIRE, self.session), blocks).await?;
+                locate(&self.store, self.link, (WIRE, self.session), blocks, &[]).await?;
                 self.link.send(kind::END, &()).await
             }
             kind::STAGING => self.give_staging().await,

@@ -8,7 +8,7 @@ use crate::handshake;
 use crate::located::{self, Bring, Located, MAX_CHUNKS, number, offset, told};
 use crate::map::Map;
 use crate::pool::Pool;
-use crate::store::{Location, SessionKey};
+use crate::store::{GpuChunk, GpuUuid, Location, SessionKey};
 use crate::stream::{self, is_refusal};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, pb};
@@ -39,6 +39,8 @@ struct Inner {
     key: SessionKey,
     pool: Pool<Connection>,
     chunks: Mutex<HashMap<u64, (u64, Arc<Map>)>>,
+    /// Chunks of GPUs, which stay what they are as long as the server runs.
+    gpu_chunks: Mutex<HashMap<u64, Arc<GpuChunk>>>,
     /// Where views are pinned at present.
     pins: tokio::sync::Mutex<Option<Arc<PinConnection>>>,
     runtime: tokio::runtime::Handle,
@@ -97,6 +99,7 @@ impl ShmWire {
             key,
             pool: Pool::new(),
             chunks: Mutex::default(),
+            gpu_chunks: Mutex::default(),
             pins: tokio::sync::Mutex::default(),
             runtime: tokio::runtime::Handle::current(),
         };
@@ -106,11 +109,12 @@ impl ShmWire {
     }
 
     /// Leased blocks as they lie in the server's memory, kept as they are until the result is dropped. A block that is
-    /// nowhere in memory is brought as a copy.
+    /// nowhere in memory is brought as a copy. A block that is in the memory of one of `gpus`, which the caller can open, stays there:
+    /// see [`Pinned::on_gpu`].
     ///
     /// # Errors
     /// When the lease ended or the connection broke.
-    pub async fn pin(&self, job: &FetchJob, block_bytes: u64) -> Result<Pinned, Status> {
+    pub async fn pin(&self, job: &FetchJob, block_bytes: u64, gpus: &[GpuUuid]) -> Result<Pinned, Status> {
         let pins = self.0.pin_connection().await?;
         let mut connection = pins.connection.lock().await;
         let pin = pins.last_pin.fetch_add(1, Ordering::Relaxed) + 1;
@@ -119,6 +123,7 @@ impl ShmWire {
             lease_id: job.lease,
             first: job.blocks.start as u32,
             count: job.blocks.len() as u32,
+            gpus: gpus.iter().map(|gpu| gpu.to_vec().into()).collect(),
         };
         pins.idle.store(false, Ordering::Release);
         connection.link.send(kind::PIN, &request).await?;
@@ -131,6 +136,13 @@ impl ShmWire {
         let (wire, blocks) = (self.0.clone(), BTreeMap::new());
         let mut pinned = Pinned { wire, pins: pins.clone(), pin, block_bytes, blocks };
         self.0.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
+        self.0.open(&mut connection, job.lease, answer.on_gpu.iter().map(|(_, place)| place.chunk())).await?;
+        for (block, place) in answer.on_gpu {
+            let found = self.0.gpu_place(place, block_bytes);
+            let (chunk, offset) =
+                found.ok_or_else(|| Status::internal("a block outside its chunk on a GPU"))?;
+            pinned.blocks.insert(block as usize, View::OnGpu(chunk, offset));
+        }
         for (block, place) in answer.places {
             let found = self.0.place(place, block_bytes);
             let (map, offset) = found.ok_or_else(|| Status::internal("a block outside its chunk"))?;
@@ -227,6 +239,47 @@ impl Inner {
             chunks.insert(number(Location::new(wanted, 0)), (wanted, Arc::new(map)));
         }
         Ok(())
+    }
+
+    /// Asks for the chunks of GPUs that are not known yet.
+    async fn open(
+        &self,
+        connection: &mut Connection,
+        lease: u64,
+        chunks: impl Iterator<Item = u64>,
+    ) -> Result<(), Status> {
+        let known = |chunk: &u64| self.known_gpu_chunks().contains_key(chunk);
+        let mut missing: Vec<u64> = chunks.filter(|chunk| !known(chunk)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        for part in missing.chunks(MAX_CHUNKS) {
+            let request = pb::MapRequest { lease_id: lease, chunks: part.to_vec() };
+            connection.link.send(kind::OPEN, &request).await?;
+            for wanted in part {
+                let opened: pb::OpenedChunk = connection.link.answer().await?.of_kind(kind::OPENED)?;
+                let (handle, gpu) = (opened.handle.as_ref().try_into(), opened.gpu.as_ref().try_into());
+                let (Ok(handle), Ok(gpu)) = (handle, gpu) else {
+                    return Err(Status::internal("a chunk of a GPU without its handle"));
+                };
+                if opened.chunk != *wanted {
+                    return Err(Status::internal("another chunk of a GPU than was asked for"));
+                }
+                let chunk = GpuChunk { handle, bytes: opened.bytes, gpu };
+                self.known_gpu_chunks().insert(*wanted, Arc::new(chunk));
+            }
+        }
+        Ok(())
+    }
+
+    fn known_gpu_chunks(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<GpuChunk>>> {
+        self.gpu_chunks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a block is on a GPU, if its chunk is known.
+    fn gpu_place(&self, location: Location, block_bytes: u64) -> Option<(Arc<GpuChunk>, u64)> {
+        let chunk = self.known_gpu_chunks().get(&location.chunk())?.clone();
+        let offset = offset(location, block_bytes);
+        (offset.checked_add(block_bytes)? <= chunk.bytes).then_some((chunk, offset))
     }
 
     async fn fetch(&self, job: &FetchJob, arrivals: &mut Arrivals<'_>) -> Result<(), Status> {
@@ -405,6 +458,7 @@ impl Wire for ShmWire {
 enum View {
     Mapped(Arc<Map>, u64),
     Copied(Vec<u8>),
+    OnGpu(Arc<GpuChunk>, u64),
     Lost(MissReason),
 }
 
@@ -419,13 +473,14 @@ pub struct Pinned {
 }
 
 impl Pinned {
-    /// The bytes of a block that was pinned, not verified; or why it is not there.
+    /// The bytes of a block that was pinned, not verified; or why it is not there. A block on a GPU has none here.
     ///
     /// # Errors
     /// Why the server cannot give it.
     pub fn bytes(&self, block: usize) -> Result<&[u8], MissReason> {
         match self.blocks.get(&block) {
             None => Err(MissReason::LeaseLost),
+            Some(View::OnGpu(..)) => Err(MissReason::DeviceLost),
             Some(View::Lost(reason)) => Err(*reason),
             Some(View::Copied(bytes)) => Ok(bytes),
             Some(View::Mapped(map, offset)) => {
@@ -444,6 +499,15 @@ impl Pinned {
     pub fn mapping(&self, block: usize) -> Option<(Arc<MmapRaw>, u64)> {
         match self.blocks.get(&block) {
             Some(View::Mapped(map, offset)) => Some((map.raw().clone(), *offset)),
+            _ => None,
+        }
+    }
+
+    /// The chunk of a GPU's memory in which a block lies, and where its bytes begin there. They are the block's as long as `self`, unless
+    /// another process of the tenant wrote there: copy first, then verify the copy.
+    pub fn on_gpu(&self, block: usize) -> Option<(&Arc<GpuChunk>, u64)> {
+        match self.blocks.get(&block) {
+            Some(View::OnGpu(chunk, offset)) => Some((chunk, *offset)),
             _ => None,
         }
     }

@@ -6,7 +6,7 @@ use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::located::{MAX_CHUNKS, Serve, locate, requests, take_offers};
 use crate::map::{Map, memory};
-use crate::store::{Hold, Store};
+use crate::store::{GpuChunk, GpuUuid, Hold, Store};
 use crate::stream;
 use crate::wire::WireKind;
 use bytes::Bytes;
@@ -28,6 +28,9 @@ use tonic::Status;
 
 /// Clients' connections at a time, in all.
 const MAX_CONNECTIONS: usize = 4096;
+
+/// GPUs that one reader can reach; what it says beyond that is not heard.
+const MAX_GPUS: usize = 64;
 
 /// Pins of one connection.
 const MAX_PINS: usize = 4096;
@@ -214,13 +217,18 @@ impl Connection {
                 stream::answer(&self.store, &mut self.link, self.session, (kind, body), true).await
             }
             kind::MAP => self.map(decode(body)?).await,
+            kind::OPEN => self.open(decode(body)?).await,
             kind::FETCH => {
                 let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
-                self.locate((lease_id, first, count), None).await
+                self.locate((lease_id, first, count), None, &[]).await
             }
             kind::PIN => {
-                let pb::PinRequest { pin, lease_id, first, count } = decode(body)?;
-                self.locate((lease_id, first, count), Some(pin)).await
+                let pb::PinRequest { pin, lease_id, first, count, gpus } = decode(body)?;
+                let gpus = gpus.iter().take(MAX_GPUS).map(|gpu| GpuUuid::try_from(gpu.as_ref()));
+                let gpus: Vec<GpuUuid> = gpus
+                    .collect::<Result<_, _>>()
+                    .map_err(|_| Status::invalid_argument("the UUID of a GPU has 16 bytes"))?;
+                self.locate((lease_id, first, count), Some(pin), &gpus).await
             }
             kind::UNPIN => {
                 let pb::UnpinRequest { pin } = decode(body)?;
@@ -243,6 +251,19 @@ impl Connection {
         Ok(())
     }
 
+    async fn open(&mut self, request: pb::MapRequest) -> Result<(), Status> {
+        if request.chunks.len() > MAX_CHUNKS {
+            return Err(Status::invalid_argument(format!("at most {MAX_CHUNKS} chunks in one request")));
+        }
+        for chunk in request.chunks {
+            let GpuChunk { handle, bytes, gpu } =
+                self.store.gpu_chunk(self.session, request.lease_id, chunk)?;
+            let (handle, gpu) = (handle.to_vec().into(), gpu.to_vec().into());
+            self.link.push(kind::OPENED, &pb::OpenedChunk { chunk, bytes, handle, gpu });
+        }
+        self.link.flush().await
+    }
+
     async fn send_memory(&mut self, kind: u8, message: &impl Message, fd: &OwnedFd) -> Result<(), Status> {
         self.link.flush().await?;
         let body = message.encode_to_vec();
@@ -253,11 +274,16 @@ impl Connection {
         sent.map_err(|error| Status::unavailable(error.to_string()))
     }
 
-    async fn locate(&mut self, blocks: (u64, u32, u32), pin: Option<u64>) -> Result<(), Status> {
+    async fn locate(
+        &mut self,
+        blocks: (u64, u32, u32),
+        pin: Option<u64>,
+        gpus: &[GpuUuid],
+    ) -> Result<(), Status> {
         if pin.is_some() && self.pins.len() >= MAX_PINS {
             return Err(Status::resource_exhausted(format!("at most {MAX_PINS} views on one connection")));
         }
-        let (hold, bytes) = locate(&self.store, &mut self.link, (WIRE, self.session), blocks).await?;
+        let (hold, bytes) = locate(&self.store, &mut self.link, (WIRE, self.session), blocks, gpus).await?;
         // If the client does not hear of the pin, the connection and all its pins are over. What it copies it tells itself.
         if let Some(pin) = pin {
             self.store.sent(WIRE, bytes);

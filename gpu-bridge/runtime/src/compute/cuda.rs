@@ -4,7 +4,7 @@
 //! layer's part only. Gathers: a block that a pass completes leaves on the gather stream layer by layer, as soon as the layer has written it.
 //! A slot whose block is still leaving is not written before it has left.
 
-use super::{Gathered, Pass, heads, moves};
+use super::{Gathered, Near, NearBlocks, Pass, Stager, heads, moves};
 use crate::model::Model;
 use bytes::Bytes;
 use cairn_client::View;
@@ -50,6 +50,8 @@ pub(crate) struct CudaCompute {
     leaving: HashMap<Slot, Event>,
     /// Mappings of the cache server's memory that copies read, by their address.
     registered: HashMap<usize, CudaShared>,
+    /// The way to the cache server's memory on GPUs.
+    near: Option<Near>,
     /// Blocks that the last pass completed, by their slots.
     complete: Vec<(Vec<Slot>, Event, CudaShared)>,
 }
@@ -96,6 +98,10 @@ impl CudaCompute {
         let decoder = load(&device, stream, model, &shape, (rows, wanted))?;
         let kernels = device.move_kernels(shape)?;
         let pool = device.allocate(shape.pool_bytes())?;
+        let near = Near::new(&device);
+        let near = near
+            .inspect_err(|error| tracing::warn!(%error, "blocks on GPUs come by way of host memory"))
+            .ok();
         tracing::info!(device = device.name(), pool_bytes = shape.pool_bytes(), "computing on CUDA");
         Ok(Self {
             decoder,
@@ -108,13 +114,14 @@ impl CudaCompute {
             most_rows: rows.min(wanted),
             leaving: HashMap::new(),
             registered: HashMap::new(),
+            near,
             complete: Vec::new(),
             device,
         })
     }
 
-    pub(super) fn device(&self) -> &CudaDevice {
-        &self.device
+    pub(super) fn stager(&self) -> Stager {
+        Stager::Cuda(self.device.clone(), self.near.clone())
     }
 
     /// Logits of the rows that want a token.
@@ -202,12 +209,24 @@ impl CudaCompute {
         self.scatter(&[(staging, moves(&self.shape, slots))], None)
     }
 
-    /// Places verified blocks straight out of the cache server's memory; by way of a copy where that cannot be registered.
-    pub(super) fn place_view(&mut self, view: View, slots: &[Slot]) -> Result<(), DeviceError> {
+    /// Places verified blocks straight out of the cache server's host memory, or by way of a copy where that cannot be registered; and those
+    /// that were copied from a GPU.
+    pub(super) fn place_view(
+        &mut self,
+        view: View,
+        near: Option<NearBlocks>,
+        slots: &[Slot],
+    ) -> Result<(), DeviceError> {
         let mut sources: Vec<(Buffer<CudaDevice>, Vec<BlockMove>)> = Vec::new();
         let mut copied: Vec<(usize, Slot)> = Vec::new();
         let mut last: Option<(usize, usize)> = None;
+        let mut copies_near: Option<(Buffer<CudaDevice>, Vec<BlockMove>)> = None;
         for (index, slot) in slots.iter().enumerate() {
+            if let Some((memory, staging_offset)) = near.as_ref().and_then(|near| near.place(index)) {
+                let (_, moves) = copies_near.get_or_insert_with(|| (Buffer::Device(memory), Vec::new()));
+                moves.push(BlockMove { staging_offset, slot: slot.0 as usize });
+                continue;
+            }
             let found = view.mapping(index).filter(|(_, offset)| offset.is_multiple_of(ALIGNMENT));
             let found = found.and_then(|(map, offset)| Some((self.registered(&map)?, map, offset)));
             let Some((memory, map, offset)) = found else {
@@ -235,7 +254,8 @@ impl CudaCompute {
             let slots: Vec<Slot> = copied.into_iter().map(|(_, slot)| slot).collect();
             sources.push((Buffer::Pinned(self.device.share(staging)), moves(&self.shape, &slots)));
         }
-        self.scatter(&sources, Some(view))
+        sources.extend(copies_near);
+        self.scatter(&sources, Some((view, near)))
     }
 
     /// A mapping of the cache server's memory, registered with the device; none if that cannot be.
@@ -262,7 +282,7 @@ impl CudaCompute {
     fn scatter(
         &mut self,
         sources: &[(Buffer<CudaDevice>, Vec<BlockMove>)],
-        mut view: Option<View>,
+        mut view: Option<(View, Option<NearBlocks>)>,
     ) -> Result<(), DeviceError> {
         for each in sources.iter().flat_map(|(_, moves)| moves) {
             if let Some(event) = self.leaving.get(&Slot(each.slot as u32)) {

@@ -3,6 +3,7 @@
 
 mod cuda;
 mod host;
+mod near;
 
 use crate::forward::Row;
 use crate::model::{Model, ModelConfig};
@@ -14,6 +15,7 @@ use cairn_kernels::KvType;
 use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, Program, SampleSetting, WireType};
 use cuda::CudaCompute;
 use host::HostCompute;
+pub(crate) use near::{Near, NearBlocks};
 use std::sync::Arc;
 
 /// Where a worker computes.
@@ -111,7 +113,8 @@ pub fn kernel_programs(model: &Model, kv_type: KvType, block_tokens: usize) -> R
     let paged = Program::paged(WireType::Kv(kv_type), kv_type, shape.kv_heads, shape.head_dim, block_tokens);
     let plain = kv_type == KvType::F32;
     let attention = Program::attention(act, kv_type, &shape, plain);
-    Ok(vec![paged, Program::layers(act, kv_type, &shape), attention, Program::sampling()])
+    let layers = Program::layers(act, kv_type, &shape);
+    Ok(vec![paged, layers, attention, Program::sampling(), Program::checksum()])
 }
 
 /// Heads and blocks of a model, as CUDA kernels see them.
@@ -166,27 +169,35 @@ impl AsMut<[u8]> for Staging {
 pub(crate) enum LoadedBlocks {
     /// One after the other.
     Staged(Staging),
-    /// Where the cache server has them.
-    InPlace(Box<View>),
+    /// Where the cache server has them; those on a GPU copied already.
+    InPlace(Box<View>, Option<NearBlocks>),
 }
 
 /// Gives staging memory to loads, from any thread.
 #[derive(Clone)]
 pub(crate) enum Stager {
     Host,
-    Cuda(cairn_gpu::backend::cuda::CudaDevice),
+    Cuda(cairn_gpu::backend::cuda::CudaDevice, Option<Near>),
 }
 
 impl Stager {
-    /// Whether the device copies out of memory that others have mapped.
-    pub(crate) fn reads_mappings(&self) -> bool {
-        matches!(self, Self::Cuda(device) if device.registers_read_only())
+    /// Whether the device copies out of memory that others have mapped, or opened to it.
+    pub(crate) fn reads_in_place(&self) -> bool {
+        self.near().is_some() || matches!(self, Self::Cuda(device, _) if device.registers_read_only())
+    }
+
+    /// The way to the memory of GPUs, if there is one.
+    pub(crate) fn near(&self) -> Option<&Near> {
+        match self {
+            Self::Cuda(_, near) => near.as_ref().filter(|near| !near.gpus().is_empty()),
+            Self::Host => None,
+        }
     }
 
     pub(crate) fn allocate(&self, bytes: usize) -> Result<Staging, DeviceError> {
         match self {
             Self::Host => HostDevice.allocate_pinned(bytes).map(Staging::Host),
-            Self::Cuda(device) => device.lend_pinned(bytes).map(Staging::Cuda),
+            Self::Cuda(device, _) => device.lend_pinned(bytes).map(Staging::Cuda),
         }
     }
 }
@@ -239,7 +250,7 @@ impl Compute {
     pub(crate) fn stager(&self) -> Stager {
         match self {
             Self::Host(_) => Stager::Host,
-            Self::Cuda(compute) => Stager::Cuda(compute.device().clone()),
+            Self::Cuda(compute) => compute.stager(),
         }
     }
 
@@ -266,7 +277,7 @@ impl Compute {
         match (self, blocks) {
             (Self::Host(compute), Staged(Staging::Host(staging))) => compute.place(staging, slots),
             (Self::Cuda(compute), Staged(Staging::Cuda(staging))) => compute.place(staging, slots),
-            (Self::Cuda(compute), InPlace(view)) => compute.place_view(*view, slots),
+            (Self::Cuda(compute), InPlace(view, near)) => compute.place_view(*view, near, slots),
             _ => Err(DeviceError::Failed("staging memory of another device".into())),
         }
     }

@@ -248,6 +248,7 @@ impl Loop {
         sequence.summary.load_ms = loaded.elapsed.as_secs_f64() * 1e3;
         sequence.summary.remote_prefill = loaded.delegated;
         sequence.summary.wire = loaded.wire;
+        sequence.summary.gpu_tokens = loaded.near * self.shape.block_tokens;
         let count = loaded.blocks;
         if count > 0 && !loaded.delegated {
             self.costs.loaded((count * self.shape.block_bytes()) as u64, loaded.elapsed);
@@ -529,6 +530,7 @@ impl Loop {
         sequence.named = 0;
         sequence.summary.local_tokens = 0;
         sequence.summary.loaded_tokens = 0;
+        sequence.summary.gpu_tokens = 0;
         self.crowded = true;
         self.waiting.push_front(sequence);
     }

@@ -42,6 +42,8 @@ pub struct Summary {
     pub local_tokens: usize,
     /// Tokens of the prompt whose state came from the cache.
     pub loaded_tokens: usize,
+    /// Of those, from the memory of a GPU.
+    pub gpu_tokens: usize,
     /// Bytes of that state.
     pub loaded_bytes: u64,
     /// How they came.

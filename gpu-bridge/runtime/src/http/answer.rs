@@ -167,6 +167,7 @@ fn add_usage(body: &mut Value, summary: &Summary) {
     body["cairn"] = json!({
         "local_tokens": summary.local_tokens,
         "loaded_tokens": summary.loaded_tokens,
+        "gpu_tokens": summary.gpu_tokens,
         "loaded_bytes": summary.loaded_bytes,
         "wire": summary.wire.map(WireKind::name),
         "load_ms": summary.load_ms,

@@ -7,6 +7,7 @@
 
 mod batch;
 mod capture;
+mod checksum;
 mod context;
 mod decoder;
 mod event;
@@ -18,6 +19,7 @@ mod programs;
 mod stream;
 
 pub use batch::{Batch, BatchLimits, BatchRow, Plan};
+pub use checksum::Checksums;
 pub use context::{Absence, CudaInfo, probe};
 pub use decoder::{Decoder, DecoderLoader, DecoderShape, Hooks, LayerSource, NoHooks, Numbers, Pool};
 pub use event::Stopwatch;

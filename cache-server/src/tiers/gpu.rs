@@ -1,0 +1,317 @@
+//! The tier in the memory of GPUs: chunks of device memory, and the copies between them and host memory. Which block is where is the core's
+//! business; a copy may fail, it never decides anew. Copies go straight between a GPU and the host arena, whose chunks are registered with
+//! the driver when the first copy needs them.
+//!
+//! Workers open chunks over CUDA IPC, which cannot keep them from writing there: so a chunk stays with its first tenant for good (the
+//! core sees to it), and whoever reads a block on a GPU verifies the bytes that it copied for itself.
+
+use super::host::HostArena;
+use super::nvme::{Memory, ReadError};
+use crate::config::{Config, ConfigError};
+use cairn_core::{GpuId, GpuSlot, GpuTierConfig, Record, SlotId};
+use cairn_gpu::backend::cuda::{
+    CudaDevice, CudaInfo, CudaMemory, CudaShared, CudaStream, IpcHandle, KernelFolders, probe,
+};
+use cairn_gpu::{Buffer, Copy, Device, DeviceError, Event, Priority, Region, Stream};
+use cairn_proto::{BlockHash, Checksum, SpaceId};
+use cairn_transfer::store::{GpuChunk, GpuUuid, Location};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// The number of a chunk, as clients see it, has the GPU above this many bits.
+const CHUNK_BITS: u32 = 24;
+
+/// One GPU in service.
+struct Gpu {
+    device: CudaDevice,
+    /// To the GPU, and from it: the two directions of a bus do not wait for each other.
+    up: CudaStream,
+    down: CudaStream,
+    chunks: Vec<Chunk>,
+}
+
+struct Chunk {
+    memory: CudaMemory,
+    /// For other processes; none where the driver does not share.
+    handle: Option<IpcHandle>,
+}
+
+/// What the bytes of a block must be.
+pub(crate) struct Promised {
+    pub(crate) space: SpaceId,
+    pub(crate) hash: BlockHash,
+    pub(crate) checksum: Checksum,
+    pub(crate) bytes: u64,
+}
+
+impl From<&Record> for Promised {
+    fn from(record: &Record) -> Self {
+        let Record { space, hash, checksum, block_bytes: bytes, .. } = *record;
+        Self { space, hash, checksum, bytes }
+    }
+}
+
+/// All GPUs of a server; without any there is no such tier.
+pub(crate) struct GpuTier {
+    gpus: Vec<Gpu>,
+    arena: Arc<HostArena>,
+    chunk_bytes: u64,
+    policy: String,
+    max_in_flight_bytes: u64,
+    /// Chunks of host memory that the driver knows.
+    registered: Mutex<HashMap<u32, CudaShared>>,
+    /// Something may be to do.
+    pub(crate) wake: Notify,
+    pub(crate) stop: CancellationToken,
+}
+
+impl GpuTier {
+    /// Takes the memory. A GPU that cannot be used is no reason to serve nothing: what is wrong is logged, and the tier does without it.
+    ///
+    /// # Errors
+    /// When a setting cannot work.
+    pub(crate) fn open(config: &Config, arena: Arc<HostArena>) -> Result<Self, ConfigError> {
+        let chunks = config.gpu_chunks()?;
+        let mut tier = Self {
+            gpus: Vec::new(),
+            chunk_bytes: config.host.chunk_mib << 20,
+            arena,
+            policy: config.gpu.policy.clone(),
+            max_in_flight_bytes: config.gpu.in_flight_mib << 20,
+            registered: Mutex::default(),
+            wake: Notify::new(),
+            stop: CancellationToken::new(),
+        };
+        if chunks == 0 {
+            return Ok(tier);
+        }
+        let found = match probe() {
+            Ok(found) => found,
+            Err(absence) => {
+                tracing::error!(%absence, "gpu.capacity_mib is set, but there is no GPU tier");
+                return Ok(tier);
+            }
+        };
+        let all: Vec<usize> = found.iter().map(|info| info.ordinal).collect();
+        let wanted = if config.gpu.devices.is_empty() { &all } else { &config.gpu.devices };
+        for ordinal in wanted {
+            match Gpu::open(*ordinal, chunks, tier.chunk_bytes) {
+                Ok(gpu) => {
+                    let mib = config.gpu.capacity_mib;
+                    tracing::info!(device = gpu.device.name(), mib, shared = gpu.is_shared(), "GPU tier");
+                    tier.gpus.push(gpu);
+                }
+                Err(error) => {
+                    tracing::error!(device = ordinal, %error, "a GPU is not in service: lower gpu.capacity_mib, or leave it out of gpu.devices");
+                }
+            }
+        }
+        Ok(tier)
+    }
+
+    /// What the core should know; none where there is no GPU.
+    pub(crate) fn config(&self, tenants: usize) -> Option<GpuTierConfig> {
+        let chunks = self.gpus.first()?.chunks.len();
+        let all = chunks * self.gpus.len();
+        Some(GpuTierConfig {
+            gpus: self.gpus.len() as u32,
+            chunks_per_gpu: chunks as u32,
+            // A chunk is its first tenant's for good: those who come first leave the others their share.
+            max_chunks_per_tenant: all.div_ceil(tenants.max(1)),
+            policy: self.policy.parse().unwrap_or_default(),
+        })
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.gpus.is_empty()
+    }
+
+    pub(crate) fn policy(&self) -> &str {
+        &self.policy
+    }
+
+    pub(crate) fn max_in_flight_bytes(&self) -> u64 {
+        self.max_in_flight_bytes
+    }
+
+    pub(crate) fn info(&self, gpu: GpuId) -> &CudaInfo {
+        self.gpus[gpu.0 as usize].device.info()
+    }
+
+    /// Whether workers can open a GPU's memory.
+    pub(crate) fn is_shared(&self, gpu: GpuId) -> bool {
+        self.gpus[gpu.0 as usize].is_shared()
+    }
+
+    /// Where clients that open chunks find a slot, if they can reach its GPU: they are on one of these.
+    pub(crate) fn location(&self, slot: GpuSlot, reachable: &[GpuUuid]) -> Option<Location> {
+        let gpu = self.gpus.get(slot.gpu.0 as usize)?;
+        let shared = gpu.chunks.get(slot.chunk as usize)?.handle.is_some();
+        let named = slot.chunk < 1 << CHUNK_BITS
+            && slot.index < 1 << Location::INDEX_BITS
+            && slot.gpu.0 < u32::from(u16::MAX);
+        let number = u64::from(slot.gpu.0 + 1) << CHUNK_BITS | u64::from(slot.chunk);
+        (shared && named && reachable.contains(&gpu.device.info().uuid))
+            .then(|| Location::new(number, slot.index))
+    }
+
+    /// The chunk that a client means.
+    pub(crate) fn find(&self, number: u64) -> Option<(GpuId, u32)> {
+        let gpu = u32::try_from(number >> CHUNK_BITS).ok()?.checked_sub(1)?;
+        let chunk = (number & ((1 << CHUNK_BITS) - 1)) as u32;
+        let known = self.gpus.get(gpu as usize).is_some_and(|gpu| (chunk as usize) < gpu.chunks.len());
+        known.then_some((GpuId(gpu), chunk))
+    }
+
+    /// GPUs that do not answer any more.
+    pub(crate) fn gone(&self) -> Vec<GpuId> {
+        let gone = |gpu: &Gpu| matches!(gpu.device.memory(), Err(DeviceError::Lost(_)));
+        (0..).map(GpuId).zip(&self.gpus).filter(|(_, gpu)| gone(gpu)).map(|(id, _)| id).collect()
+    }
+
+    /// For another process.
+    pub(crate) fn share(&self, (gpu, chunk): (GpuId, u32)) -> Option<GpuChunk> {
+        let gpu = self.gpus.get(gpu.0 as usize)?;
+        let handle = gpu.chunks.get(chunk as usize)?.handle?;
+        Some(GpuChunk { handle: handle.0, bytes: self.chunk_bytes, gpu: gpu.device.info().uuid })
+    }
+
+    /// Host memory of a chunk is about to become other memory.
+    pub(crate) fn forget(&self, chunk: u32) {
+        self.registered().remove(&chunk);
+    }
+
+    fn registered(&self) -> std::sync::MutexGuard<'_, HashMap<u32, CudaShared>> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A host slot as copies name it.
+    fn host(&self, gpu: &Gpu, slot: SlotId, bytes: u64) -> Result<Region<CudaDevice>, DeviceError> {
+        let mut registered = self.registered();
+        let memory = match registered.get(&slot.chunk) {
+            Some(memory) => memory.clone(),
+            None => {
+                let memory = gpu.device.register(self.arena.map(slot.chunk), true)?;
+                registered.entry(slot.chunk).or_insert(memory).clone()
+            }
+        };
+        let offset = self.arena.range(slot, bytes);
+        Ok(Region { buffer: Buffer::Pinned(memory), offset, bytes: bytes as usize })
+    }
+
+    fn on_gpu(&self, slot: GpuSlot, bytes: u64) -> Result<(&Gpu, Region<CudaDevice>), DeviceError> {
+        let gone = || DeviceError::Lost(format!("there is no GPU {}", slot.gpu.0));
+        let gpu = self.gpus.get(slot.gpu.0 as usize).ok_or_else(gone)?;
+        let memory = gpu.chunks.get(slot.chunk as usize).ok_or_else(gone)?.memory.clone();
+        let offset = slot.index as usize * bytes.next_multiple_of(crate::SLOT_ALIGN_BYTES) as usize;
+        Ok((gpu, Region { buffer: Buffer::Device(memory), offset, bytes: bytes as usize }))
+    }
+
+    /// Issues copies from host memory to one GPU. The event says when they ended.
+    ///
+    /// # Errors
+    /// When they cannot be issued; none is then.
+    pub(crate) fn promote(
+        &self,
+        gpu: GpuId,
+        copies: &[(SlotId, GpuSlot, u64)],
+    ) -> Result<Event, DeviceError> {
+        let mut all = Vec::with_capacity(copies.len());
+        for (from, to, bytes) in copies {
+            let (gpu, target) = self.on_gpu(*to, *bytes)?;
+            all.push(Copy { source: self.host(gpu, *from, *bytes)?, target });
+        }
+        let gpu =
+            self.gpus.get(gpu.0 as usize).ok_or_else(|| DeviceError::Lost("there is no such GPU".into()))?;
+        gpu.up.copy(all)?;
+        gpu.up.record()
+    }
+
+    /// Brings a block from a GPU into host memory, verified.
+    pub(crate) async fn read(
+        &self,
+        block: &Promised,
+        from: GpuSlot,
+        mut memory: Memory,
+    ) -> Result<Memory, ReadError> {
+        let bytes = block.bytes;
+        let (gpu, source) = self.on_gpu(from, bytes).map_err(read_error)?;
+        match &mut memory {
+            Memory::Slot(writer) => {
+                let target = self.host(gpu, writer.slot(), bytes).map_err(read_error)?;
+                copied(gpu, source, target).await?;
+            }
+            Memory::Pages(pages) => {
+                let lent = gpu.device.lend_pinned(bytes as usize).map_err(read_error)?;
+                let lent = gpu.device.share(lent);
+                let target =
+                    Region { buffer: Buffer::Pinned(lent.clone()), offset: 0, bytes: bytes as usize };
+                copied(gpu, source, target).await?;
+                pages.as_mut()[..bytes as usize].copy_from_slice(back(gpu, lent).await?.as_ref());
+            }
+            Memory::Block(_) => return Err(read_error(DeviceError::Failed("a block is only read".into()))),
+        }
+        let Promised { space, hash, checksum, .. } = *block;
+        let verified = tokio::task::spawn_blocking(move || {
+            let right = Checksum::of(&space, &hash, &memory.bytes()[..bytes as usize]) == checksum;
+            (memory, right)
+        });
+        match verified.await {
+            Ok((memory, true)) => Ok(memory),
+            Ok((_, false)) => Err(ReadError::Corrupt),
+            Err(error) => Err(ReadError::Io(std::io::Error::other(error))),
+        }
+    }
+}
+
+/// How long the last handle of a copy's memory may lag behind its event.
+const LETTING_GO: std::time::Duration = std::time::Duration::from_millis(1);
+
+async fn back(gpu: &Gpu, mut lent: CudaShared) -> Result<<CudaDevice as Device>::PinnedBuffer, ReadError> {
+    loop {
+        match gpu.device.reclaim(lent) {
+            Ok(lent) => return Ok(lent),
+            Err(still) => lent = still,
+        }
+        tokio::time::sleep(LETTING_GO).await;
+    }
+}
+
+async fn copied(gpu: &Gpu, source: Region<CudaDevice>, target: Region<CudaDevice>) -> Result<(), ReadError> {
+    gpu.down.copy(vec![Copy { source, target }]).map_err(read_error)?;
+    let event = gpu.down.record().map_err(read_error)?;
+    event.await.map_err(read_error)
+}
+
+/// A lost GPU is told by its kind.
+fn read_error(error: DeviceError) -> ReadError {
+    let kind = if matches!(error, DeviceError::Lost(_)) {
+        std::io::ErrorKind::NotConnected
+    } else {
+        std::io::ErrorKind::Other
+    };
+    ReadError::Io(std::io::Error::new(kind, error.to_string()))
+}
+
+impl Gpu {
+    fn open(ordinal: usize, chunks: u32, chunk_bytes: u64) -> Result<Self, DeviceError> {
+        let device = CudaDevice::open(ordinal, KernelFolders::default())?;
+        let chunk = |_| {
+            let memory = device.allocate(chunk_bytes as usize)?;
+            let handle = memory.share();
+            let handle = handle
+                .inspect_err(|error| tracing::warn!(%error, "device memory cannot be shared with workers"));
+            Ok(Chunk { memory, handle: handle.ok() })
+        };
+        let chunks = (0..chunks).map(chunk).collect::<Result<_, DeviceError>>()?;
+        let (up, down) = (device.stream(Priority::Background)?, device.stream(Priority::Background)?);
+        Ok(Self { up, down, chunks, device })
+    }
+
+    /// Whether workers can open its memory.
+    fn is_shared(&self) -> bool {
+        self.chunks.iter().all(|chunk| chunk.handle.is_some())
+    }
+}
