@@ -69,6 +69,11 @@ fn a_cache_server_keeps_blocks_on_the_gpu() {
 }
 
 #[test]
+fn the_first_token_can_be_timed_from_every_tier() {
+    passes(&["first-token", "--disk", env!("CARGO_TARGET_TMPDIR")], &[]);
+}
+
+#[test]
 fn a_driver_without_a_card_is_said() {
     let Some(output) = check(&["probe"], &[("CAIRN_EMULATOR_DEVICES", "0")]) else { return };
     assert_eq!(output.status.code(), Some(3));

@@ -4,7 +4,7 @@ use cairn_gpu::backend::cuda::{CudaDevice, KernelFolders, probe};
 use cairn_gpu::{HostDevice, conformance};
 use cairn_runtime::ComputeDevice;
 use cairn_tests::gpu::speed::{self, Figure};
-use cairn_tests::gpu::{Bench, sharing, tier, tokens};
+use cairn_tests::gpu::{Bench, first_token, remote, sharing, tier, tokens};
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,8 +36,8 @@ enum Check {
     LostWorker,
     /// A cache server whose device is lost, likewise: after so many operations as `--lose-after` says.
     LostTier,
-    /// The other process of `tier`.
-    ServeTier,
+    /// Whether the first token's times can be taken, with a small model; only by name.
+    FirstToken,
 }
 
 #[derive(Parser)]
@@ -62,6 +62,12 @@ struct Options {
     /// What the second process of `sharing` is given.
     #[arg(long, hide = true)]
     opens: Option<String>,
+    /// What the second process of `tier` and others serves.
+    #[arg(long, hide = true)]
+    serve: Option<PathBuf>,
+    /// Folder on the disk that stands for NVMe.
+    #[arg(long, default_value = ".")]
+    disk: PathBuf,
     /// For `lost-tier`.
     #[arg(long, default_value = "100")]
     lose_after: String,
@@ -81,8 +87,8 @@ fn main() -> ExitCode {
         );
         return ExitCode::SUCCESS;
     }
-    if options.checks == [Check::ServeTier] {
-        tier::serve();
+    if let Some(config) = &options.serve {
+        remote::serve(config);
         return ExitCode::SUCCESS;
     }
     let devices = match probe() {
@@ -117,9 +123,19 @@ fn main() -> ExitCode {
         tokens::answers_end_with_the_device(&ComputeDevice::Cuda { ordinal: options.device, folders });
         return ExitCode::SUCCESS;
     }
+    if named(Check::FirstToken) {
+        let compute = ComputeDevice::Cuda { ordinal: options.device, folders };
+        let size = first_token::Size::small();
+        for Figure { what, value, unit, .. } in
+            first_token::figures(&compute, &size, &options.disk, &["--serve"])
+        {
+            println!("{what}: {value:.1} {unit}");
+        }
+        return ExitCode::SUCCESS;
+    }
     if named(Check::LostTier) {
         let compute = ComputeDevice::Cuda { ordinal: options.device, folders };
-        tier::lost(&compute, &["serve-tier"], &options.lose_after);
+        tier::lost(&compute, &["--serve"], &options.lose_after);
         return ExitCode::SUCCESS;
     }
     if wants(Check::Sharing) {
@@ -144,7 +160,7 @@ fn main() -> ExitCode {
     }
     if wants(Check::Tier) {
         let compute = ComputeDevice::Cuda { ordinal: options.device, folders: folders.clone() };
-        tier::check(&device, &compute, &["serve-tier"], options.seed);
+        tier::check(&device, &compute, &["--serve"], options.seed);
     }
     if wants(Check::Speed) {
         if Bench::new(device.clone(), 0, 0).is_emulated() {
@@ -160,7 +176,9 @@ fn measure(device: &CudaDevice, compute: &ComputeDevice, options: &Options) {
     let bench = Bench::new(device.clone(), options.seed, 0);
     let mut figures = speed::copies(&bench);
     figures.extend(speed::moves(&bench));
-    figures.extend([speed::decode(&bench), speed::prefill(&bench), speed::first_token(compute)]);
+    figures.extend([speed::decode(&bench), speed::prefill(&bench)]);
+    let size = first_token::Size::large();
+    figures.extend(first_token::figures(compute, &size, &options.disk, &["--serve"]));
     if let Some(path) = &options.report {
         let figures: Vec<_> = figures.iter().map(Figure::json).collect();
         let report = serde_json::json!({"card": device.info().name, "version": env!("CARGO_PKG_VERSION"), "figures": figures});

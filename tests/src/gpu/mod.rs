@@ -3,9 +3,11 @@
 
 mod attention;
 mod checksums;
+pub mod first_token;
 mod layers;
 mod moves;
 mod products;
+pub mod remote;
 mod sampling;
 pub mod sharing;
 pub mod speed;

@@ -1,8 +1,7 @@
 //! What the device does in a second, each figure beside its limit, measured in the same run: copies against one raw pinned copy, moves against a
-//! device copy, attention against bandwidth and against a bare product, and the first token with and without cached state.
+//! device copy, attention against bandwidth and against a bare product.
 
 use super::Bench;
-use cairn_client::ClientOptions;
 use cairn_gpu::backend::cuda::{
     Batch, BatchLimits, BatchRow, CudaMemory, Gemm, KernelSpec, ModelKernels, Partials, Plan, PoolLayer,
     Stopwatch,
@@ -10,11 +9,7 @@ use cairn_gpu::backend::cuda::{
 use cairn_gpu::{BlockMove, Buffer, Copy, Device, PagedShape, Region, Slot, Stream};
 use cairn_kernels::KvType;
 use cairn_kernels::cuda::{ActType, HeadShape};
-use cairn_runtime::*;
-use cairn_server::Server;
 use serde_json::{Value, json};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// Times that each figure is taken; the median counts.
 const ROUNDS: usize = 9;
@@ -50,7 +45,7 @@ impl Figure {
     }
 }
 
-fn median(mut times: Vec<f64>) -> f64 {
+pub(super) fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
 }
@@ -239,124 +234,4 @@ pub fn prefill(bench: &Bench) -> Figure {
         limit: (2.0 * (n as f64).powi(3) / product / 1e12, "a product of 4096 x 4096 x 4096"),
         goal: None,
     }
-}
-
-/// The shape of Llama 3.2 1B, with a smaller vocabulary.
-fn one_billion() -> ModelConfig {
-    ModelConfig {
-        name: "synthetic-1b".into(),
-        layers: 16,
-        hidden: 2048,
-        intermediate: 8192,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 64,
-        vocabulary: 256,
-        rms_epsilon: 1e-5,
-        max_positions: 16_384,
-        rope_theta: 500_000.0,
-        rope_scaling: RopeScaling::None,
-        tied_embeddings: true,
-    }
-}
-
-/// Time to the first token of 8,192, computed and with state from the cache server's memory.
-pub fn first_token(device: &ComputeDevice) -> Figure {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let (cold, warm) = runtime.block_on(first_tokens(device));
-    Figure {
-        what: "first token of 8,192 with state from host memory".into(),
-        value: 1e3 * warm,
-        unit: "ms",
-        limit: (1e3 * cold, "computed"),
-        goal: Some(0.1),
-    }
-}
-
-async fn first_tokens(device: &ComputeDevice) -> (f64, f64) {
-    const TOKENS: usize = 8192;
-    let config = one_billion();
-    let model =
-        Model::synthetic(Synthetic::new(config.clone(), 1), config, WeightType::Bf16).expect("a model");
-    let model = Arc::new(model);
-    let mut server_config = crate::config(16);
-    server_config.host.chunk_mib = 64;
-    server_config.host.capacity_mib = 2048;
-    let server = Server::start(server_config).await.expect("a server");
-    let prompt: Vec<u32> = (0..TOKENS as u32).map(|i| (i * i * 31 + i * 7) % 256).collect();
-    let engine = |cache: bool| {
-        let client = ClientOptions::new(format!("http://{}", server.address()));
-        let (model, device) = (model.clone(), device.clone());
-        async move {
-            let options = EngineOptions {
-                pool_tokens: TOKENS + 64,
-                chunk_tokens: 2048,
-                device,
-                local_reuse: false,
-                always_load: true,
-                ..EngineOptions::default()
-            };
-            let share = if cache { Some(share(client, &model, &options).await) } else { None };
-            let started = tokio::task::spawn_blocking(move || Engine::start(model, options, share)).await;
-            started.expect("started").expect("an engine")
-        }
-    };
-    let computing = engine(false).await;
-    let mut cold = Vec::new();
-    for _ in 0..3 {
-        cold.push(time_to_first(&computing, &prompt, false).await.0);
-    }
-    drop(computing);
-    let caching = engine(true).await;
-    time_to_first(&caching, &prompt, true).await;
-    crate::eventually("the prompt is in the cache", || server.usage().resident_blocks >= TOKENS / 16 - 1)
-        .await;
-    let mut warm = Vec::new();
-    for _ in 0..5 {
-        let (seconds, loaded) = time_to_first(&caching, &prompt, true).await;
-        assert!(loaded >= TOKENS - 16, "{loaded} tokens were loaded");
-        warm.push(seconds);
-    }
-    (median(cold), median(warm))
-}
-
-async fn share(client: ClientOptions, model: &Model, options: &EngineOptions) -> Share {
-    let worker = WorkerOptions {
-        listen: ([127, 0, 0, 1], 0).into(),
-        model: ModelPath::Synthetic(1),
-        model_name: None,
-        weight_type: WeightType::Bf16,
-        role: Role::Both,
-        cache: None,
-        prefill: None,
-        prefill_timeout: Duration::ZERO,
-        delegate_min_tokens: 0,
-        tenant: "bench".into(),
-        tenant_salt: [0; 32],
-        engine: options.clone(),
-    };
-    let space = key_space(model, &worker).expect("a key space");
-    let client = cairn_client::CacheClient::start(client).expect("a client");
-    client.open_space(&space).await.expect("the space is opened");
-    Share::new(client, space, None)
-}
-
-/// Seconds to the first token, and tokens that were loaded.
-async fn time_to_first(engine: &Engine, prompt: &[u32], use_cache: bool) -> (f64, usize) {
-    let request = Request {
-        tokens: prompt.to_vec(),
-        work: Work::Generate { max_tokens: 1, ignore_end: true },
-        sampling: Sampling { temperature: 0.0, top_p: 1.0, seed: 0 },
-        use_cache,
-    };
-    let began = Instant::now();
-    let mut updates = engine.submit(request).await.expect("submitted");
-    let (mut first, mut loaded) = (None, 0);
-    while let Some(update) = updates.recv().await {
-        match update {
-            Update::Token(_) => drop(first.get_or_insert_with(|| began.elapsed())),
-            Update::Finished(summary) => loaded = summary.loaded_tokens,
-        }
-    }
-    (first.expect("a token").as_secs_f64(), loaded)
 }

@@ -2,15 +2,13 @@
 //! on the same GPU take them from there, and what is wrong there stops nobody.
 
 use super::Bench;
+use super::remote::Remote;
 use super::tokens::{Answer, ask, prompt, small_checkpoint, worker_options};
-use crate::{blocks, config, hashes, payload, space_with};
-use cairn_client::{CacheClient, ClientOptions, GpuUuid, View};
+use crate::{blocks, hashes, payload, space_with};
+use cairn_client::{CacheClient, GpuUuid, View};
 use cairn_gpu::backend::cuda::{CudaDevice, IpcHandle};
 use cairn_proto::{BlockHash, KeySpace, Layout, Outcome, Tier, pb};
 use cairn_runtime::{ComputeDevice, Worker};
-use cairn_server::Server;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Of host memory and of the GPU's: with blocks of 24 KiB, 170 and 85 of them.
@@ -20,78 +18,11 @@ const GPU_MIB: u64 = 2;
 /// Blocks of the prompt that workers share.
 const PROMPT_BLOCKS: usize = 25;
 
-/// The process with the server: until its input ends. Then its books are checked.
-///
-/// # Panics
-/// When the server does not start, or its books are not in order.
-pub fn serve() {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let mut config = config(4);
-        config.host.chunk_mib = 2;
-        config.host.capacity_mib = HOST_MIB;
-        config.host.policy = "lru".into();
-        config.gpu.capacity_mib = GPU_MIB;
-        let server = Server::start(config).await.expect("a server");
-        println!("{}", server.address());
-        std::io::stdout().flush().expect("written");
-        let input = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
-        input.await.expect("no panic").expect("the end of the input");
-        server.audit().expect("the server's books are in order");
-        server.shutdown().await.expect("an orderly end");
-    });
-}
-
-/// A server in another process.
-struct Remote {
-    child: Child,
-    url: String,
-}
-
-impl Remote {
-    fn start(arguments: &[&str], settings: &[(&str, &str)]) -> Self {
-        let program = std::env::current_exe().expect("this program");
-        let mut command = Command::new(program);
-        command.args(arguments).envs(settings.iter().copied());
-        let mut child =
-            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("the other process starts");
-        let mut output = BufReader::new(child.stdout.take().expect("its output"));
-        let mut line = String::new();
-        output.read_line(&mut line).expect("its first line");
-        assert!(!line.is_empty(), "the server did not start");
-        // What else it says is for whoever watches.
-        std::thread::spawn(move || {
-            for line in output.lines().map_while(Result::ok) {
-                println!("server: {line}");
-            }
-        });
-        Self { child, url: format!("http://{}", line.trim()) }
-    }
-
-    fn client(&self) -> CacheClient {
-        CacheClient::start(self.options()).expect("a client")
-    }
-
-    /// That waits: an emulated device leaves little of the machine to others.
-    fn options(&self) -> ClientOptions {
-        super::tokens::patient(&self.url)
-    }
-
-    /// # Panics
-    /// When it ends badly.
-    fn end(mut self) {
-        drop(self.child.stdin.take());
-        let status = self.child.wait().expect("it ends");
-        assert!(status.success(), "the server's process: {status}");
-    }
-}
-
-impl Drop for Remote {
-    fn drop(&mut self) {
-        // After `end` it is gone; after a failed check it must go.
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
+/// What the server is told.
+fn config() -> String {
+    format!(
+        "[host]\ncapacity_mib = {HOST_MIB}\nchunk_mib = 2\npolicy = \"lru\"\n[gpu]\ncapacity_mib = {GPU_MIB}\n"
+    )
 }
 
 async fn gpu_stats(client: &CacheClient) -> pb::GpuStats {
@@ -118,7 +49,7 @@ async fn until(client: &CacheClient, what: &str, holds: impl Fn(&pb::GpuStats) -
 pub fn check(device: &CudaDevice, compute: &ComputeDevice, child: &[&str], seed: u64) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let remote = Remote::start(child, &[]);
+        let remote = Remote::start(child, &config(), &[]);
         let client = remote.client();
         if !gpu_stats(&client).await.shared {
             println!("SKIPPED: the GPU tier: this driver shares no device memory");
@@ -266,7 +197,7 @@ async fn others(client: &CacheClient, device: &CudaDevice) {
 pub fn lost(compute: &ComputeDevice, child: &[&str], after: &str) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let remote = Remote::start(child, &[("CAIRN_EMULATOR_LOSE_AFTER", after)]);
+        let remote = Remote::start(child, &config(), &[("CAIRN_EMULATOR_LOSE_AFTER", after)]);
         let (client, folder) = (remote.client(), small_checkpoint(3));
         let first = worker(compute, folder.path(), &remote).await;
         let mut last = None;

@@ -15,7 +15,7 @@ const MARGIN_BF16: f32 = 0.15;
 const MARGIN_F32: f32 = 2e-3;
 
 /// A small model of the heads that the kernels know.
-fn small() -> ModelConfig {
+pub(super) fn small() -> ModelConfig {
     ModelConfig {
         name: "small".into(),
         layers: 3,
