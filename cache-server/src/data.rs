@@ -69,7 +69,7 @@ impl Store for Context {
         self.sessions.find(session)?.identity.require(Right::Read)?;
         let mut read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
         let (mut on_gpu, block_bytes) = (Vec::new(), read.block_bytes());
-        if !gpus.is_empty() {
+        if self.engine.gpus().reaches(gpus) {
             // Refused only if the lease ended since: then there is nothing to want.
             let (session, lease) = (SessionId(session), LeaseId(lease));
             self.engine.apply(Event::Gpu(GpuEvent::Want { session, lease, first, count })).ok();
@@ -81,6 +81,8 @@ impl Store for Context {
         }
         self.metrics.fetch_started(wire);
         let (hold, token) = (read.hold(), self.transfers.token());
+        // Memory of a GPU goes with the server, whoever reads there: readers are waited for, as transfers are.
+        let hold: Hold = if on_gpu.is_empty() { hold } else { Arc::new((hold, self.transfers.token())) };
         let blocks = fetch::blocks(&self.engine, read).inspect(move |_| {
             // A transfer is in progress as long as its stream lives.
             let _ = &token;

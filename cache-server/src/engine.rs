@@ -43,7 +43,7 @@ pub struct Engine {
     core: Mutex<Core>,
     arena: Arc<HostArena>,
     devices: Devices,
-    gpus: GpuTier,
+    gpus: Arc<GpuTier>,
     /// A block arrived from a device or a GPU, or did not.
     loaded: Notify,
     /// Background work; ends before the server does.
@@ -67,7 +67,7 @@ impl Engine {
         let capacity_bytes = u64::from(core_config.host_chunks) * core_config.chunk_bytes;
         let mut core = Core::new(core_config).map_err(ConfigError::from)?;
         let arena = Arc::new(arena);
-        let gpus = GpuTier::open(config, arena.clone())?;
+        let gpus = Arc::new(GpuTier::open(config, arena.clone())?);
         if let Some(gpus) = gpus.config(config.tenant.len()) {
             core.apply(Millis(0), Event::Gpu(GpuEvent::Attach(&gpus)));
         }
@@ -209,11 +209,15 @@ impl Engine {
                     let memory = Memory::Slot(self.arena.writer(slot, record.block_bytes, guard.clone()));
                     let read = self.tasks.spawn(self.clone().promote(guard, record, from, memory));
                     // A reader that goes away leaves the move to its end: the next one finds the block in memory.
-                    let _ = read.await;
+                    if let Ok(Err(error)) = read.await
+                        && is_no_room(&error)
+                    {
+                        return Err(MissReason::DeviceLost);
+                    }
                 }
                 Load::Through { load, from, record } => {
                     let guard = Arc::new(LoadGuard::new(self, load));
-                    let mib = (record.block_bytes.div_ceil(1 << 20) as usize).min(THROUGH_MIB) as u32;
+                    let mib = through_mib(record.block_bytes);
                     let Ok(room) = self.through.clone().try_acquire_many_owned(mib) else {
                         // Not holding the block while waiting: others may have room for it.
                         guard.end(Ended::Cancelled);
@@ -221,17 +225,28 @@ impl Engine {
                         continue;
                     };
                     let read = self.tasks.spawn(self.clone().read_through((guard, room), record, from));
-                    let read = read.await.unwrap_or(Err(MissReason::DeviceLost));
-                    return read.map(|bytes| Brought { bytes, location: None });
+                    match read.await {
+                        Ok(Ok(bytes)) => return Ok(Brought { bytes, location: None }),
+                        // A device may have it, too: the copy on the GPU is out of the way.
+                        Ok(Err(error)) if matches!(from, Origin::Gpu(_)) && !is_no_room(&error) => {}
+                        Ok(Err(ReadError::Corrupt)) => return Err(MissReason::Quarantined),
+                        _ => return Err(MissReason::DeviceLost),
+                    }
                 }
                 Load::Lost(reason) => return Err(reason),
             }
         }
     }
 
-    async fn promote(self: Arc<Self>, guard: Arc<LoadGuard>, record: Record, from: Origin, memory: Memory) {
-        // Told to the core already, and logged.
-        self.read_source(&guard, &record, from, memory).await.ok();
+    /// What went wrong was told to the core already, and logged.
+    async fn promote(
+        self: Arc<Self>,
+        guard: Arc<LoadGuard>,
+        record: Record,
+        from: Origin,
+        memory: Memory,
+    ) -> Result<(), ReadError> {
+        self.read_source(&guard, &record, from, memory).await.map(drop)
     }
 
     async fn read_source(
@@ -255,16 +270,20 @@ impl Engine {
         (guard, room): (Arc<LoadGuard>, OwnedSemaphorePermit),
         record: Record,
         from: Origin,
-    ) -> Result<Bytes, MissReason> {
+    ) -> Result<Bytes, ReadError> {
         let memory = Memory::Pages(Pages::for_bytes(record.block_bytes));
-        match self.read_source(&guard, &record, from, memory).await {
-            Ok(Memory::Pages(pages)) => {
+        match self.read_source(&guard, &record, from, memory).await? {
+            Memory::Pages(pages) => {
                 let owned = OwnBlock { pages, _room: room };
                 Ok(Bytes::from_owner(owned).slice(..record.block_bytes as usize))
             }
-            Ok(_) | Err(ReadError::Corrupt) => Err(MissReason::Quarantined),
-            Err(ReadError::Io(_)) => Err(MissReason::DeviceLost),
+            _ => Err(ReadError::Corrupt),
         }
+    }
+
+    /// Waits for a share of the memory for blocks that have no place in the host tier.
+    pub(crate) async fn room_through(&self, block_bytes: u64) -> Option<OwnedSemaphorePermit> {
+        self.through.clone().acquire_many_owned(through_mib(block_bytes)).await.ok()
     }
 
     /// The bytes of a slot that a move holds in place until it ends.
@@ -278,7 +297,7 @@ impl Engine {
     }
 
     /// The tier in the memory of GPUs.
-    pub(crate) fn gpus(&self) -> &GpuTier {
+    pub(crate) fn gpus(&self) -> &Arc<GpuTier> {
         &self.gpus
     }
 
@@ -326,6 +345,15 @@ impl Engine {
             std::process::abort()
         })
     }
+}
+
+fn through_mib(block_bytes: u64) -> u32 {
+    (block_bytes.div_ceil(1 << 20) as usize).min(THROUGH_MIB) as u32
+}
+
+/// Nothing is wrong with the block, nor with where it is: to try again at once would fail again.
+fn is_no_room(error: &ReadError) -> bool {
+    matches!(error, ReadError::Io(error) if error.kind() == std::io::ErrorKind::OutOfMemory)
 }
 
 /// A block as it lies in host memory.

@@ -1,20 +1,23 @@
 //! The GPUs of a running server: carrying out what the core plans for them. A copy may fail; it never decides anew.
 
 use crate::engine::{Engine, LoadGuard};
-use crate::tiers::gpu::Promised;
+use crate::tiers::gpu::{CopyError, Promised};
 use crate::tiers::nvme::{Memory, Pages, ReadError};
 use cairn_core::{CopyId, Ended, Event, GpuEvent, GpuId, GpuSlot, GpuWork, Record, Reply, Room, SlotId};
-use cairn_gpu::DeviceError;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
 
 /// How often the core is asked when nothing calls for it.
 const TICK: Duration = Duration::from_millis(100);
 
 /// How often GPUs are asked whether they are there: clients read without the server's help, so it may have nothing else to notice by.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// One that does not answer for so long is given up.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Blocks on their way to or from GPUs at a time.
 const MAX_BLOCKS_IN_FLIGHT: usize = 1024;
@@ -39,18 +42,16 @@ impl Drop for CopyGuard {
 /// Until the server stops; then what is going on is waited for.
 pub(crate) async fn run(engine: Arc<Engine>) {
     let tier = engine.gpus();
-    let mut going: JoinSet<(usize, u64)> = JoinSet::new();
-    let (mut blocks, mut bytes) = (0, 0);
+    let mut going = Going::default();
     let mut tick = tokio::time::interval(TICK);
-    let mut asked = tokio::time::Instant::now();
+    let health: Vec<_> = engine.inspect(cairn_core::Core::gpus).iter().map(|usage| usage.gpu).collect();
+    let _health: Vec<_> = health
+        .into_iter()
+        .map(|gpu| AbortOnDropHandle::new(tokio::spawn(watch(engine.clone(), gpu))))
+        .collect();
     while !tier.stop.is_cancelled() {
-        if asked.elapsed() >= HEALTH_INTERVAL {
-            asked = tokio::time::Instant::now();
-            for gpu in tier.gone() {
-                // Never refused.
-                engine.apply(Event::Gpu(GpuEvent::Lose(gpu))).ok();
-            }
-        }
+        let (blocks, bytes) =
+            going.room.values().fold((0, 0), |(b, n), (blocks, bytes)| (b + blocks, n + bytes));
         let room = Room {
             bytes: tier.max_in_flight_bytes().saturating_sub(bytes),
             blocks: MAX_BLOCKS_IN_FLIGHT.saturating_sub(blocks),
@@ -60,29 +61,61 @@ pub(crate) async fn run(engine: Arc<Engine>) {
             && room.bytes > 0
             && let Ok(Reply::Copies(work)) = engine.apply(Event::Gpu(GpuEvent::Plan(room)))
         {
-            for (task_blocks, task_bytes) in start(&engine, work, &mut going) {
-                blocks += task_blocks;
-                bytes += task_bytes;
-            }
+            start(&engine, work, &mut going);
         }
         tokio::select! {
             () = tier.stop.cancelled() => break,
             () = tier.wake.notified() => {}
             _ = tick.tick() => {}
-            Some(ended) = going.join_next() => {
-                let (ended_blocks, ended_bytes) = ended.unwrap_or_default();
-                blocks -= ended_blocks;
-                bytes -= ended_bytes;
-            }
+            () = going.next(), if !going.room.is_empty() => {}
         }
     }
-    while going.join_next().await.is_some() {}
+    while !going.room.is_empty() {
+        going.next().await;
+    }
 }
 
-/// Starts planned copies; says how many blocks and bytes each task has.
-fn start(engine: &Arc<Engine>, work: Vec<GpuWork>, going: &mut JoinSet<(usize, u64)>) -> Vec<(usize, u64)> {
+/// Asks one GPU again and again whether it is there.
+async fn watch(engine: Arc<Engine>, gpu: GpuId) {
+    loop {
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+        let tier = engine.gpus().clone();
+        let asked = tokio::task::spawn_blocking(move || tier.is_gone(gpu));
+        if !matches!(tokio::time::timeout(HEALTH_TIMEOUT, asked).await, Ok(Ok(false))) {
+            // Never refused.
+            engine.apply(Event::Gpu(GpuEvent::Lose(gpu))).ok();
+            return;
+        }
+    }
+}
+
+/// Copies that are going on, and what each has of the room.
+#[derive(Default)]
+struct Going {
+    tasks: JoinSet<()>,
+    room: HashMap<tokio::task::Id, (usize, u64)>,
+}
+
+impl Going {
+    fn spawn(&mut self, room: (usize, u64), task: impl Future<Output = ()> + Send + 'static) {
+        let id = self.tasks.spawn(task).id();
+        self.room.insert(id, room);
+    }
+
+    /// Waits for one to end, well or not.
+    async fn next(&mut self) {
+        let ended = match self.tasks.join_next_with_id().await {
+            Some(Ok((id, ()))) => id,
+            Some(Err(error)) => error.id(),
+            None => return,
+        };
+        self.room.remove(&ended);
+    }
+}
+
+/// Starts planned copies.
+fn start(engine: &Arc<Engine>, work: Vec<GpuWork>, going: &mut Going) {
     let mut promotions: BTreeMap<GpuId, Promotions> = BTreeMap::new();
-    let mut started = Vec::new();
     for work in work {
         match work {
             GpuWork::Promote { copy, record, from, to } => {
@@ -90,48 +123,35 @@ fn start(engine: &Arc<Engine>, work: Vec<GpuWork>, going: &mut JoinSet<(usize, u
                 promotions.entry(to.gpu).or_default().push((guard, from, to, record.block_bytes));
             }
             GpuWork::Demote { load, record, from, to } => {
-                let guard = LoadGuard::new(engine, load);
-                let task = (1, record.block_bytes);
-                started.push(task);
-                let demotion = demote(engine.clone(), (guard, record), from, to);
-                going.spawn(async move {
-                    demotion.await;
-                    task
-                });
+                let (guard, room) = (LoadGuard::new(engine, load), (1, record.block_bytes));
+                going.spawn(room, demote(engine.clone(), (guard, record), from, to));
             }
         }
     }
     for (gpu, promotions) in promotions {
-        let task = (promotions.len(), promotions.iter().map(|(.., bytes)| bytes).sum());
-        started.push(task);
-        let promotion = promote(engine.clone(), gpu, promotions);
-        going.spawn(async move {
-            promotion.await;
-            task
-        });
+        let room = (promotions.len(), promotions.iter().map(|(.., bytes)| bytes).sum());
+        going.spawn(room, promote(engine.clone(), gpu, promotions));
     }
-    started
 }
 
 async fn promote(engine: Arc<Engine>, gpu: GpuId, mut promotions: Promotions) {
     let copies: Vec<_> = promotions.iter().map(|(_, from, to, bytes)| (*from, *to, *bytes)).collect();
-    let copied = match engine.gpus().promote(gpu, &copies) {
-        Ok(event) => event.await,
-        Err(error) => Err(error),
-    };
+    let copied = engine.gpus().promote(gpu, copies).await;
     match &copied {
         Ok(()) => promotions.iter_mut().for_each(|(guard, ..)| guard.ended = Ended::Done),
         Err(error) => {
-            let ordinal = engine.gpus().info(gpu).ordinal;
-            tracing::error!(%error, gpu = ordinal, blocks = copies.len(), "blocks could not be copied to a GPU");
-            // One failure, however many blocks share it.
-            promotions.iter_mut().take(1).for_each(|(guard, ..)| guard.ended = Ended::Failed);
+            let (ordinal, blocks) = (engine.gpus().info(gpu).ordinal, promotions.len());
+            tracing::error!(%error, gpu = ordinal, blocks, "blocks could not be copied to a GPU");
+            // One failure, however many blocks share it; and none of the GPU's if nothing was begun.
+            let failures = usize::from(!matches!(error, CopyError::NotStarted(_)));
+            promotions.iter_mut().take(failures).for_each(|(guard, ..)| guard.ended = Ended::Failed);
         }
     }
-    drop(promotions);
-    if let Err(DeviceError::Lost(_)) = copied {
+    // The deepest first, as policies want it.
+    while promotions.pop().is_some() {}
+    if let Err(CopyError::Lost(_)) = copied {
         // Never refused.
-        let _ = engine.apply(Event::Gpu(GpuEvent::Lose(gpu)));
+        engine.apply(Event::Gpu(GpuEvent::Lose(gpu))).ok();
     }
 }
 
@@ -157,7 +177,7 @@ pub(crate) async fn read(
         }
         Err(ReadError::Io(error)) => {
             tracing::error!(%error, gpu = engine.gpus().info(from.gpu).ordinal, "a GPU cannot be read");
-            Ended::Failed
+            if error.kind() == std::io::ErrorKind::OutOfMemory { Ended::NoRoom } else { Ended::Failed }
         }
     });
     if let Err(ReadError::Io(error)) = &read
@@ -171,6 +191,7 @@ pub(crate) async fn read(
 
 /// Whether the copy of a block that a reader holds in place on a GPU is wrong, as it says; then nobody gets it any more.
 pub(crate) async fn is_corrupt(engine: &Arc<Engine>, block: &Promised, from: GpuSlot) -> bool {
+    let _room = engine.room_through(block.bytes).await;
     let memory = Memory::Pages(Pages::for_bytes(block.bytes));
     let read = engine.gpus().read(block, from, memory).await;
     let corrupt = matches!(read, Err(ReadError::Corrupt));

@@ -220,8 +220,12 @@ impl Server {
         tracing::info!("shutting down");
         self.stop.cancel();
         self.context.transfers.close();
-        let ended = tokio::time::timeout(self.grace, &mut self.grpc).await;
+        let end = tokio::time::Instant::now() + self.grace;
+        let ended = tokio::time::timeout_at(end, &mut self.grpc).await;
         self.grpc.abort();
+        if tokio::time::timeout_at(end, self.context.transfers.wait()).await.is_err() {
+            tracing::warn!("some readers had not let go of their blocks at the end of the grace");
+        }
         self.data.cancel();
         let engine = &self.context.engine;
         engine.devices().stop();

@@ -136,8 +136,7 @@ impl Arena {
         let chunk = match self.keeps {
             None => *self.free_chunks.iter().find(usable).or(self.free_chunks.first())?,
             Some(max) => {
-                let of_tenant = |chunk: &&Chunk| chunk.tenant == Some(tenant);
-                let may_have_more = self.chunks.iter().filter(of_tenant).count() < max;
+                let may_have_more = self.kept_by(tenant) < max;
                 let own = |chunk: &&u32| self.chunks[**chunk as usize].tenant == Some(tenant);
                 let own = self.free_chunks.iter().find(own);
                 *own.or_else(|| self.free_chunks.iter().find(usable).filter(|_| may_have_more))?
@@ -149,6 +148,11 @@ impl Arena {
             self.stale.push(chunk);
         }
         Some(chunk)
+    }
+
+    /// Chunks that a tenant has for good.
+    fn kept_by(&self, tenant: usize) -> usize {
+        self.chunks.iter().filter(|chunk| chunk.tenant == Some(tenant) && !chunk.retired).count()
     }
 
     /// Chunks that changed hands since the last call and need other memory.
@@ -205,7 +209,15 @@ impl Arena {
     /// Slots that a class has or could have if nobody else took a free chunk, of which it may take `room`.
     pub(crate) fn reach(&self, class: ClassId, room: usize) -> usize {
         let class = &self.classes[class.0 as usize];
-        (class.chunks.len() + self.free_chunks.len().min(room)) * class.slots_per_chunk as usize
+        let Some(max) = self.keeps else {
+            return (class.chunks.len() + self.free_chunks.len().min(room)) * class.slots_per_chunk as usize;
+        };
+        let in_service = class.chunks.iter().filter(|chunk| !self.chunks[**chunk as usize].retired).count();
+        let free = |owner: Option<usize>| {
+            self.free_chunks.iter().filter(|chunk| self.chunks[**chunk as usize].tenant == owner).count()
+        };
+        let more = free(None).min(max.saturating_sub(self.kept_by(class.tenant)));
+        (in_service + free(Some(class.tenant)) + more) * class.slots_per_chunk as usize
     }
 
     pub(crate) fn occupants(&self, chunk: u32) -> &[Occupant] {

@@ -88,15 +88,14 @@ impl Core {
             };
             let space = self.index[id].space;
             let bytes = self.spaces.class_of(space).slot_bytes;
-            let mut after = room;
-            if !after.take(bytes) {
+            if !{ room }.take(bytes) {
                 break;
             }
-            // What makes room for it must not be it.
+            // What makes room for it must not be it. A demotion takes of the room, and then this waits for it.
             self.pin(id);
-            match self.vacancy(now, id, (&mut after, &mut work), effects) {
+            match self.vacancy(now, id, (&mut room, &mut work), effects) {
                 Vacancy::Now(to) => {
-                    room = after;
+                    room.take(bytes);
                     self.gpus.queue.pop_front();
                     work.push(self.begin_copy(id, to));
                 }

@@ -51,8 +51,8 @@ impl Config {
                 gpu.capacity_mib
             ));
         }
-        if gpu.in_flight_mib == 0 {
-            return wrong("gpu.in_flight_mib must be at least 1".into());
+        if !(1..=1 << 20).contains(&gpu.in_flight_mib) {
+            return wrong(format!("gpu.in_flight_mib is {}; it must be 1 to 1048576", gpu.in_flight_mib));
         }
         for (i, device) in gpu.devices.iter().enumerate() {
             if gpu.devices[..i].contains(device) {

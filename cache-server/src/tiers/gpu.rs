@@ -60,8 +60,10 @@ pub(crate) struct GpuTier {
     chunk_bytes: u64,
     policy: String,
     max_in_flight_bytes: u64,
-    /// Chunks of host memory that the driver knows.
+    /// Chunks of host memory that the driver knows. Held only to look and to set: the core's lock may be held beside it.
     registered: Mutex<HashMap<u32, CudaShared>>,
+    /// Held while the driver pins one, which can take long.
+    registering: Mutex<()>,
     /// Something may be to do.
     pub(crate) wake: Notify,
     pub(crate) stop: CancellationToken,
@@ -81,6 +83,7 @@ impl GpuTier {
             policy: config.gpu.policy.clone(),
             max_in_flight_bytes: config.gpu.in_flight_mib << 20,
             registered: Mutex::default(),
+            registering: Mutex::default(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         };
@@ -103,8 +106,11 @@ impl GpuTier {
                     tracing::info!(device = gpu.device.name(), mib, shared = gpu.is_shared(), "GPU tier");
                     tier.gpus.push(gpu);
                 }
-                Err(error) => {
+                Err(error @ DeviceError::OutOfMemory { .. }) => {
                     tracing::error!(device = ordinal, %error, "a GPU is not in service: lower gpu.capacity_mib, or leave it out of gpu.devices");
+                }
+                Err(error) => {
+                    tracing::error!(device = ordinal, %error, "a GPU is not in service; gpu.devices says which are wanted");
                 }
             }
         }
@@ -145,6 +151,11 @@ impl GpuTier {
         self.gpus[gpu.0 as usize].is_shared()
     }
 
+    /// Whether somebody who reaches these GPUs could read in this tier.
+    pub(crate) fn reaches(&self, gpus: &[GpuUuid]) -> bool {
+        self.gpus.iter().any(|gpu| gpu.is_shared() && gpus.contains(&gpu.device.info().uuid))
+    }
+
     /// Where clients that open chunks find a slot, if they can reach its GPU: they are on one of these.
     pub(crate) fn location(&self, slot: GpuSlot, reachable: &[GpuUuid]) -> Option<Location> {
         let gpu = self.gpus.get(slot.gpu.0 as usize)?;
@@ -165,10 +176,10 @@ impl GpuTier {
         known.then_some((GpuId(gpu), chunk))
     }
 
-    /// GPUs that do not answer any more.
-    pub(crate) fn gone(&self) -> Vec<GpuId> {
-        let gone = |gpu: &Gpu| matches!(gpu.device.memory(), Err(DeviceError::Lost(_)));
-        (0..).map(GpuId).zip(&self.gpus).filter(|(_, gpu)| gone(gpu)).map(|(id, _)| id).collect()
+    /// Whether a GPU does not answer any more. Blocks the thread, for ever if its driver does.
+    pub(crate) fn is_gone(&self, gpu: GpuId) -> bool {
+        let gpu = &self.gpus[gpu.0 as usize];
+        matches!(gpu.device.memory(), Err(DeviceError::Lost(_)))
     }
 
     /// For another process.
@@ -178,80 +189,97 @@ impl GpuTier {
         Some(GpuChunk { handle: handle.0, bytes: self.chunk_bytes, gpu: gpu.device.info().uuid })
     }
 
-    /// Host memory of a chunk is about to become other memory.
+    /// Host memory of a chunk is about to become other memory. Nothing copies from or to it any more; the driver may take its time to let go of
+    /// the old pages, and until it has, copies of the new ones do not start.
     pub(crate) fn forget(&self, chunk: u32) {
-        self.registered().remove(&chunk);
+        if let Some(memory) = self.registered().remove(&chunk) {
+            std::thread::spawn(move || drop(memory));
+        }
     }
 
     fn registered(&self) -> std::sync::MutexGuard<'_, HashMap<u32, CudaShared>> {
         self.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A host slot as copies name it.
+    /// A host slot as copies name it. May block the thread for as long as pinning a chunk takes.
     fn host(&self, gpu: &Gpu, slot: SlotId, bytes: u64) -> Result<Region<CudaDevice>, DeviceError> {
-        let mut registered = self.registered();
-        let memory = match registered.get(&slot.chunk) {
-            Some(memory) => memory.clone(),
+        let known = || self.registered().get(&slot.chunk).cloned();
+        let memory = match known() {
+            Some(memory) => memory,
             None => {
-                let memory = gpu.device.register(self.arena.map(slot.chunk), true)?;
-                registered.entry(slot.chunk).or_insert(memory).clone()
+                let _one_at_a_time = self.registering.lock().unwrap_or_else(PoisonError::into_inner);
+                match known() {
+                    Some(memory) => memory,
+                    None => {
+                        let memory = gpu.device.register(self.arena.map(slot.chunk), true)?;
+                        self.registered().insert(slot.chunk, memory.clone());
+                        memory
+                    }
+                }
             }
         };
         let offset = self.arena.range(slot, bytes);
         Ok(Region { buffer: Buffer::Pinned(memory), offset, bytes: bytes as usize })
     }
 
-    fn on_gpu(&self, slot: GpuSlot, bytes: u64) -> Result<(&Gpu, Region<CudaDevice>), DeviceError> {
-        let gone = || DeviceError::Lost(format!("there is no GPU {}", slot.gpu.0));
+    fn on_gpu(&self, slot: GpuSlot, bytes: u64) -> Result<(&Gpu, Region<CudaDevice>), CopyError> {
+        let gone = || CopyError::Lost(DeviceError::Lost(format!("there is no GPU {}", slot.gpu.0)));
         let gpu = self.gpus.get(slot.gpu.0 as usize).ok_or_else(gone)?;
         let memory = gpu.chunks.get(slot.chunk as usize).ok_or_else(gone)?.memory.clone();
         let offset = slot.index as usize * bytes.next_multiple_of(crate::SLOT_ALIGN_BYTES) as usize;
         Ok((gpu, Region { buffer: Buffer::Device(memory), offset, bytes: bytes as usize }))
     }
 
-    /// Issues copies from host memory to one GPU. The event says when they ended.
+    /// Copies blocks from host memory to one GPU.
     ///
     /// # Errors
-    /// When they cannot be issued; none is then.
-    pub(crate) fn promote(
-        &self,
+    /// When they are not there; whatever was begun has ended.
+    pub(crate) async fn promote(
+        self: &Arc<Self>,
         gpu: GpuId,
-        copies: &[(SlotId, GpuSlot, u64)],
-    ) -> Result<Event, DeviceError> {
-        let mut all = Vec::with_capacity(copies.len());
-        for (from, to, bytes) in copies {
-            let (gpu, target) = self.on_gpu(*to, *bytes)?;
-            all.push(Copy { source: self.host(gpu, *from, *bytes)?, target });
-        }
-        let gpu =
-            self.gpus.get(gpu.0 as usize).ok_or_else(|| DeviceError::Lost("there is no such GPU".into()))?;
-        gpu.up.copy(all)?;
-        gpu.up.record()
+        copies: Vec<(SlotId, GpuSlot, u64)>,
+    ) -> Result<(), CopyError> {
+        let tier = self.clone();
+        let issue = move || {
+            let mut all = Vec::with_capacity(copies.len());
+            for (from, to, bytes) in copies {
+                let (gpu, target) = tier.on_gpu(to, bytes)?;
+                let source = tier.host(gpu, from, bytes).map_err(CopyError::not_started)?;
+                all.push(Copy { source, target });
+            }
+            let gone = || CopyError::Lost(DeviceError::Lost("there is no such GPU".into()));
+            issue(&tier.gpus.get(gpu.0 as usize).ok_or_else(gone)?.up, all)
+        };
+        blocking(issue).await?.await.map_err(CopyError::after)
     }
 
     /// Brings a block from a GPU into host memory, verified.
     pub(crate) async fn read(
-        &self,
+        self: &Arc<Self>,
         block: &Promised,
         from: GpuSlot,
-        mut memory: Memory,
+        memory: Memory,
     ) -> Result<Memory, ReadError> {
-        let bytes = block.bytes;
-        let (gpu, source) = self.on_gpu(from, bytes).map_err(read_error)?;
-        match &mut memory {
-            Memory::Slot(writer) => {
-                let target = self.host(gpu, writer.slot(), bytes).map_err(read_error)?;
-                copied(gpu, source, target).await?;
-            }
-            Memory::Pages(pages) => {
-                let lent = gpu.device.lend_pinned(bytes as usize).map_err(read_error)?;
-                let lent = gpu.device.share(lent);
-                let target =
-                    Region { buffer: Buffer::Pinned(lent.clone()), offset: 0, bytes: bytes as usize };
-                copied(gpu, source, target).await?;
-                pages.as_mut()[..bytes as usize].copy_from_slice(back(gpu, lent).await?.as_ref());
-            }
-            Memory::Block(_) => return Err(read_error(DeviceError::Failed("a block is only read".into()))),
+        let (tier, bytes) = (self.clone(), block.bytes);
+        let issue = move || {
+            let (gpu, source) = tier.on_gpu(from, bytes)?;
+            let (target, lent) = match &memory {
+                Memory::Slot(writer) => (tier.host(gpu, writer.slot(), bytes), None),
+                _ => {
+                    let lent = gpu.device.lend_pinned(bytes as usize).map(|lent| gpu.device.share(lent));
+                    let lent = lent.map_err(CopyError::not_started)?;
+                    let buffer = Buffer::Pinned(lent.clone());
+                    (Ok(Region { buffer, offset: 0, bytes: bytes as usize }), Some(lent))
+                }
+            };
+            let target = target.map_err(CopyError::not_started)?;
+            Ok((issue(&gpu.down, vec![Copy { source, target }])?, lent, memory))
+        };
+        let (event, lent, mut memory) = blocking(issue).await.map_err(read_error)?;
+        event.await.map_err(|error| read_error(CopyError::after(error)))?;
+        if let (Some(lent), Memory::Pages(pages)) = (lent, &mut memory) {
+            let gpu = &self.gpus[from.gpu.0 as usize];
+            pages.as_mut()[..bytes as usize].copy_from_slice(back(gpu, lent).await.as_ref());
         }
         let Promised { space, hash, checksum, .. } = *block;
         let verified = tokio::task::spawn_blocking(move || {
@@ -261,36 +289,74 @@ impl GpuTier {
         match verified.await {
             Ok((memory, true)) => Ok(memory),
             Ok((_, false)) => Err(ReadError::Corrupt),
-            Err(error) => Err(ReadError::Io(std::io::Error::other(error))),
+            Err(error) => Err(read_error(CopyError::NotStarted(DeviceError::Failed(error.to_string())))),
         }
     }
+}
+
+/// Why blocks were not copied.
+pub(crate) enum CopyError {
+    /// Nothing was begun, for want of something beside the GPU.
+    NotStarted(DeviceError),
+    /// The GPU did not do it.
+    Failed(DeviceError),
+    /// The GPU is gone.
+    Lost(DeviceError),
+}
+
+impl CopyError {
+    fn not_started(error: DeviceError) -> Self {
+        if matches!(error, DeviceError::Lost(_)) { Self::Lost(error) } else { Self::NotStarted(error) }
+    }
+
+    fn after(error: DeviceError) -> Self {
+        if matches!(error, DeviceError::Lost(_)) { Self::Lost(error) } else { Self::Failed(error) }
+    }
+}
+
+impl std::fmt::Display for CopyError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::NotStarted(error) | Self::Failed(error) | Self::Lost(error)) = self;
+        error.fmt(f)
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CopyError> + Send + 'static,
+) -> Result<T, CopyError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(CopyError::NotStarted(DeviceError::Failed(error.to_string()))))
+}
+
+/// Issues copies; if that fails, what was begun all the same has ended when this returns: nobody may use the slots before.
+fn issue(stream: &CudaStream, copies: Vec<Copy<CudaDevice>>) -> Result<Event, CopyError> {
+    let issued = stream.copy(copies).and_then(|()| stream.record());
+    issued.map_err(|error| match stream.synchronize() {
+        Ok(()) => CopyError::after(error),
+        // What cannot be waited for may still be going on; on a lost device nothing is.
+        Err(error) => CopyError::Lost(error),
+    })
 }
 
 /// How long the last handle of a copy's memory may lag behind its event.
 const LETTING_GO: std::time::Duration = std::time::Duration::from_millis(1);
 
-async fn back(gpu: &Gpu, mut lent: CudaShared) -> Result<<CudaDevice as Device>::PinnedBuffer, ReadError> {
+async fn back(gpu: &Gpu, mut lent: CudaShared) -> <CudaDevice as Device>::PinnedBuffer {
     loop {
         match gpu.device.reclaim(lent) {
-            Ok(lent) => return Ok(lent),
+            Ok(lent) => return lent,
             Err(still) => lent = still,
         }
         tokio::time::sleep(LETTING_GO).await;
     }
 }
 
-async fn copied(gpu: &Gpu, source: Region<CudaDevice>, target: Region<CudaDevice>) -> Result<(), ReadError> {
-    gpu.down.copy(vec![Copy { source, target }]).map_err(read_error)?;
-    let event = gpu.down.record().map_err(read_error)?;
-    event.await.map_err(read_error)
-}
-
-/// A lost GPU is told by its kind.
-fn read_error(error: DeviceError) -> ReadError {
-    let kind = if matches!(error, DeviceError::Lost(_)) {
-        std::io::ErrorKind::NotConnected
-    } else {
-        std::io::ErrorKind::Other
+/// What it was is told by the kind.
+fn read_error(error: CopyError) -> ReadError {
+    let kind = match &error {
+        CopyError::NotStarted(_) => std::io::ErrorKind::OutOfMemory,
+        CopyError::Failed(_) => std::io::ErrorKind::Other,
+        CopyError::Lost(_) => std::io::ErrorKind::NotConnected,
     };
     ReadError::Io(std::io::Error::new(kind, error.to_string()))
 }

@@ -1,6 +1,6 @@
 //! The way between an engine and the cache: loads and publishes run here, on tokio, while the engine computes.
 
-use crate::compute::{Gathered, LoadedBlocks, NearBlocks, Stager, Staging};
+use crate::compute::{Gathered, LoadedBlocks, Near, NearBlocks, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
 use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, View, WireKind};
@@ -222,13 +222,14 @@ impl Share {
 
     /// Blocks up to `end` of the run where the server has them, verified; what is not in place is none.
     async fn view(&self, run: &Run, job: &LoadJob, end: usize, loaded: &mut Loaded) {
-        let gpus = job.stager.near().map(|near| near.gpus()).unwrap_or_default();
-        let view = self.client.fetch_view_near(run, job.first, end - job.first, gpus).await;
-        let verified = match self.verify(&job.stager, view).await {
+        let near = job.stager.near().cloned();
+        let gpus = near.as_ref().map(Near::gpus).unwrap_or_default();
+        let view = self.client.fetch_view_near(run, job.first, end - job.first, &gpus).await;
+        let verified = match self.verify(near, view).await {
             Some(verified) => Some(verified),
             None => {
                 let view = self.client.fetch_view(run, job.first, end - job.first).await;
-                self.verify(&job.stager, view).await
+                self.verify(None, view).await
             }
         };
         let Some((view, near, blocks)) = verified else { return };
@@ -239,8 +240,8 @@ impl Share {
     }
 
     /// Verifies a view up to its first block that is not right, with copies of those on a GPU; none when they could not be copied.
-    async fn verify(&self, stager: &Stager, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
-        let (near, block_bytes) = (stager.near().cloned(), self.space.block_bytes() as usize);
+    async fn verify(&self, near: Option<Near>, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
+        let block_bytes = self.space.block_bytes() as usize;
         // Verifying reads every byte once.
         let verified = tokio::task::spawn_blocking(move || {
             let copied = near.map(|near| near.copy(&view, block_bytes)).transpose();

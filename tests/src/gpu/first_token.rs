@@ -84,9 +84,9 @@ pub fn figures(device: &ComputeDevice, size: &Size, folder: &Path, child: &[&str
             goal,
         };
         let mut figures = Vec::new();
-        figures.extend(bench.from_gpu(child).await.map(|warm| figure("the GPU tier", warm, None)));
-        figures.push(figure("host memory", bench.from_host(child).await, Some(0.1)));
-        figures.extend(bench.from_disk(folder, child).await.map(|warm| figure("NVMe", warm, None)));
+        figures.extend(bench.with_gpu(child).await.map(|warm| figure("the GPU tier", warm, None)));
+        figures.push(figure("host memory", bench.with_host(child).await, Some(0.1)));
+        figures.extend(bench.with_disk(folder, child).await.map(|warm| figure("NVMe", warm, None)));
         figures
     })
 }
@@ -144,7 +144,7 @@ impl<'a> Bench<'a> {
         median(times)
     }
 
-    async fn from_host(&self, child: &[&str]) -> f64 {
+    async fn with_host(&self, child: &[&str]) -> f64 {
         let remote = Remote::start(child, &self.size.server(""), &[]);
         let (engine, _client) = self.publish(&remote).await;
         let all = 16 * self.size.blocks();
@@ -155,7 +155,7 @@ impl<'a> Bench<'a> {
         warm
     }
 
-    async fn from_gpu(&self, child: &[&str]) -> Option<f64> {
+    async fn with_gpu(&self, child: &[&str]) -> Option<f64> {
         let tier = format!("[gpu]\ncapacity_mib = {}\n", self.size.gpu_mib);
         let remote = Remote::start(child, &self.size.server(&tier), &[]);
         let (engine, client) = self.publish(&remote).await;
@@ -177,7 +177,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Each load is the first of a server that was just started: nothing is in host memory yet.
-    async fn from_disk(&self, folder: &Path, child: &[&str]) -> Option<f64> {
+    async fn with_disk(&self, folder: &Path, child: &[&str]) -> Option<f64> {
         let folder = tempfile::tempdir_in(folder).expect("a folder on the disk");
         let device = format!(
             "[nvme]\nsegment_mib = {}\n[[nvme.device]]\npath = {:?}\ncapacity_mib = {}\n",

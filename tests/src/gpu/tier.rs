@@ -164,6 +164,7 @@ async fn others(client: &CacheClient, device: &CudaDevice) {
     for seed in 2..8 {
         publish(client, &space, &hashes(&space, seed, 40)).await;
     }
+    let before = gpu_stats(client).await;
     let found = client.lookup(&space, &kept).await;
     assert_eq!(found.outcomes, vec![Outcome::Hit(Tier::Gpu); kept.len()], "only on the GPU");
     let run = found.run.expect("leased");
@@ -175,7 +176,7 @@ async fn others(client: &CacheClient, device: &CudaDevice) {
     }
     drop(run);
     let read = gpu_stats(client).await;
-    assert!(read.read_blocks >= kept.len() as u64, "{read:?}");
+    assert!(read.read_blocks >= before.read_blocks + kept.len() as u64, "{read:?}");
     // Now the GPU has to make room for more than it has: the only copies go to host memory first.
     for seed in 2..8 {
         publish(client, &space, &hashes(&space, seed + 10, 40)).await;
@@ -213,6 +214,8 @@ pub fn lost(compute: &ComputeDevice, child: &[&str], after: &str) {
         }
         let gpu = until(&client, "the GPU is out of service", |gpu| gpu.state == "lost").await;
         assert_eq!(gpu.resident_blocks, 0);
+        let promoted = after.parse::<u64>().is_ok_and(|after| after >= 4);
+        assert!(!promoted || gpu.promoted_blocks > 0, "it had blocks before it went: {gpu:?}");
         let (prompt, off) = last.expect("three prompts");
         let answer = fresh(compute, folder.path(), &remote, &prompt).await;
         assert_eq!((answer.loaded, answer.from_gpu), (16 * PROMPT_BLOCKS as u64, 0), "from host memory");

@@ -136,7 +136,12 @@ impl ShmWire {
         let (wire, blocks) = (self.0.clone(), BTreeMap::new());
         let mut pinned = Pinned { wire, pins: pins.clone(), pin, block_bytes, blocks };
         self.0.map(&mut connection, job.lease, answer.places.iter().map(|(_, place)| *place)).await?;
-        self.0.open(&mut connection, job.lease, answer.on_gpu.iter().map(|(_, place)| place.chunk())).await?;
+        let chunks = answer.on_gpu.iter().map(|(_, place)| place.chunk());
+        if let Err(status) = self.0.open(&mut connection, job.lease, chunks).await {
+            // As above: the pin is given up with what was pinned.
+            pins.idle.store(is_refusal(&status), Ordering::Release);
+            return Err(status);
+        }
         for (block, place) in answer.on_gpu {
             let found = self.0.gpu_place(place, block_bytes);
             let (chunk, offset) =

@@ -228,6 +228,7 @@ impl CudaCompute {
                 continue;
             }
             let found = view.mapping(index).filter(|(_, offset)| offset.is_multiple_of(ALIGNMENT));
+            let found = found.filter(|_| self.device.registers_read_only());
             let found = found.and_then(|(map, offset)| Some((self.registered(&map)?, map, offset)));
             let Some((memory, map, offset)) = found else {
                 copied.push((index, *slot));
@@ -289,6 +290,19 @@ impl CudaCompute {
                 self.loads.wait(event)?;
             }
         }
+        let scattered = self.scatter_layers(sources, &mut view);
+        if scattered.is_err() {
+            // What was issued may still read the blocks, and write the slots: both are others' as soon as this returns.
+            self.loads.synchronize().ok();
+        }
+        scattered
+    }
+
+    fn scatter_layers(
+        &mut self,
+        sources: &[(Buffer<CudaDevice>, Vec<BlockMove>)],
+        view: &mut Option<(View, Option<NearBlocks>)>,
+    ) -> Result<(), DeviceError> {
         for layer in 0..self.shape.layers {
             for (staging, moves) in sources {
                 self.loads.scatter_layers(&self.kernels, layer..layer + 1, staging, &self.pool, moves)?;

@@ -189,7 +189,7 @@ impl Stager {
     /// The way to the memory of GPUs, if there is one.
     pub(crate) fn near(&self) -> Option<&Near> {
         match self {
-            Self::Cuda(_, near) => near.as_ref().filter(|near| !near.gpus().is_empty()),
+            Self::Cuda(_, near) => near.as_ref(),
             Self::Host => None,
         }
     }

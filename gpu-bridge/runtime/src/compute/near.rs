@@ -6,18 +6,24 @@ use cairn_gpu::backend::cuda::{Checksums, CudaDevice, CudaMemory, CudaStream, Ip
 use cairn_gpu::{Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
 use cairn_proto::Checksum;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-/// Memory for copies that is kept from one load to the next.
-const KEPT: usize = 4;
+/// Bytes of one load's copies, and of memory for them that is kept from one load to the next. A longer run comes by way of host memory.
+const MOST_BYTES: usize = 1 << 30;
 
-/// Chunks of the server's that are open at a time.
-const OPENED: usize = 1024;
+/// After a GPU's memory could not be opened it is tried again after this long.
+const TRY_AGAIN: Duration = Duration::from_secs(60);
+
+/// How often chunks that no connection names any more are closed: the memory of a server that is gone is free only then.
+const CLOSE_EVERY: Duration = Duration::from_secs(2);
 
 /// The way to GPUs' memory. Clones share it.
 #[derive(Clone)]
 pub(crate) struct Near(Arc<Inner>);
+
+/// Open chunks by handle; each with the chunk as its connection knows it, because another server may come to an equal handle.
+type Opened = HashMap<[u8; 64], (Weak<GpuChunk>, CudaMemory)>;
 
 struct Inner {
     device: CudaDevice,
@@ -25,10 +31,10 @@ struct Inner {
     gpus: Vec<GpuUuid>,
     stream: CudaStream,
     checksums: Checksums,
-    opened: Mutex<HashMap<[u8; 64], CudaMemory>>,
+    opened: Mutex<Opened>,
     kept: Mutex<Vec<CudaMemory>>,
-    /// False once the server's memory could not be opened.
-    works: AtomicBool,
+    /// GPUs whose memory could not be opened, and when.
+    failed: Mutex<HashMap<GpuUuid, Instant>>,
 }
 
 /// Verified copies of blocks of a view.
@@ -54,7 +60,8 @@ impl NearBlocks {
 impl Drop for NearBlocks {
     fn drop(&mut self) {
         let mut kept = lock(&self.near.0.kept);
-        if kept.len() < KEPT {
+        let bytes: usize = kept.iter().map(CudaMemory::len).sum();
+        if bytes + self.memory.as_ref().map_or(0, CudaMemory::len) <= MOST_BYTES {
             kept.extend(self.memory.take());
         }
     }
@@ -67,20 +74,28 @@ impl Near {
         let info = device.info();
         let all = probe().unwrap_or_default();
         let peers = all.iter().filter(|other| info.peers.contains(&other.ordinal)).map(|other| other.uuid);
-        Ok(Self(Arc::new(Inner {
+        let inner = Arc::new(Inner {
             device: device.clone(),
             gpus: std::iter::once(info.uuid).chain(peers).collect(),
             stream: device.stream(Priority::Foreground)?,
             checksums: Checksums::load(device)?,
             opened: Mutex::default(),
             kept: Mutex::default(),
-            works: AtomicBool::new(true),
-        })))
+            failed: Mutex::default(),
+        });
+        let weak = Arc::downgrade(&inner);
+        let closing = std::thread::Builder::new().name("cairn-gpu-close".into());
+        closing
+            .spawn(move || close_unnamed(&weak))
+            .map_err(|error| DeviceError::Failed(format!("cannot start a thread: {error}")))?;
+        Ok(Self(inner))
     }
 
-    /// GPUs whose memory can be opened here.
-    pub(crate) fn gpus(&self) -> &[GpuUuid] {
-        if self.0.works.load(Ordering::Relaxed) { &self.0.gpus } else { &[] }
+    /// GPUs whose memory can be opened here, as far as is known.
+    pub(crate) fn gpus(&self) -> Vec<GpuUuid> {
+        let failed = lock(&self.0.failed);
+        let usable = |gpu: &&GpuUuid| failed.get(*gpu).is_none_or(|at| at.elapsed() > TRY_AGAIN);
+        self.0.gpus.iter().filter(usable).copied().collect()
     }
 
     /// Copies the blocks of a view that are on GPUs, and verifies the copies; the view knows which are right. Blocks the thread.
@@ -93,7 +108,11 @@ impl Near {
         if places.is_empty() {
             return Ok(blocks);
         }
-        let memory = self.memory(places.len() * block_bytes)?;
+        let bytes = places.len() * block_bytes;
+        if bytes > MOST_BYTES {
+            return Err(DeviceError::OutOfMemory { bytes });
+        }
+        let memory = self.memory(bytes)?;
         let mut copies = Vec::with_capacity(places.len());
         let mut seeds = Vec::with_capacity(places.len());
         for (i, (index, (chunk, offset))) in places.iter().enumerate() {
@@ -128,24 +147,37 @@ impl Near {
         }
     }
 
-    fn open(&self, chunk: &GpuChunk) -> Result<CudaMemory, DeviceError> {
+    fn open(&self, chunk: &Arc<GpuChunk>) -> Result<CudaMemory, DeviceError> {
         let mut opened = lock(&self.0.opened);
-        if let Some(memory) = opened.get(&chunk.handle) {
-            return Ok(memory.clone());
-        }
-        if opened.len() >= OPENED {
-            // Those of servers that are gone, most likely; the others are opened again.
-            opened.clear();
+        if let Some((known, memory)) = opened.get(&chunk.handle) {
+            if known.upgrade().is_some_and(|known| Arc::ptr_eq(&known, chunk)) {
+                return Ok(memory.clone());
+            }
+            // Of another connection: closed before it is opened anew.
+            opened.remove(&chunk.handle);
         }
         let bytes = usize::try_from(chunk.bytes).unwrap_or(usize::MAX);
         match self.0.device.open_shared(IpcHandle(chunk.handle), bytes) {
-            Ok(memory) => Ok(opened.entry(chunk.handle).or_insert(memory).clone()),
+            Ok(memory) => {
+                opened.insert(chunk.handle, (Arc::downgrade(chunk), memory.clone()));
+                lock(&self.0.failed).remove(&chunk.gpu);
+                Ok(memory)
+            }
             Err(error) => {
-                self.0.works.store(false, Ordering::Relaxed);
+                lock(&self.0.failed).insert(chunk.gpu, Instant::now());
                 tracing::warn!(%error, "the cache server's GPU memory cannot be opened here; blocks come by way of host memory");
                 Err(error)
             }
         }
+    }
+}
+
+/// Until nothing else has the way to GPUs any more.
+fn close_unnamed(near: &Weak<Inner>) {
+    loop {
+        std::thread::sleep(CLOSE_EVERY);
+        let Some(near) = near.upgrade() else { return };
+        lock(&near.opened).retain(|_, (chunk, _)| chunk.strong_count() > 0);
     }
 }
 

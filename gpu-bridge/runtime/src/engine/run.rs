@@ -248,15 +248,19 @@ impl Loop {
         sequence.summary.load_ms = loaded.elapsed.as_secs_f64() * 1e3;
         sequence.summary.remote_prefill = loaded.delegated;
         sequence.summary.wire = loaded.wire;
-        sequence.summary.gpu_tokens = loaded.near * self.shape.block_tokens;
         let count = loaded.blocks;
         if count > 0 && !loaded.delegated {
             self.costs.loaded((count * self.shape.block_bytes()) as u64, loaded.elapsed);
         }
-        if let Some(arrived) = loaded.arrived
-            && let Err(error) = self.scatter(&mut sequence, arrived, count)
-        {
-            tracing::error!(%error, "loaded blocks could not be placed; they are computed instead");
+        match loaded.arrived.map(|arrived| self.scatter(&mut sequence, arrived, count)) {
+            Some(Ok(())) => {
+                let near = loaded.near * self.shape.block_tokens;
+                sequence.summary.gpu_tokens = near.min(sequence.summary.loaded_tokens);
+            }
+            Some(Err(error)) => {
+                tracing::error!(%error, "loaded blocks could not be placed; they are computed instead");
+            }
+            None => {}
         }
         self.running.push(sequence);
     }

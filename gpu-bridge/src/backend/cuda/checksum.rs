@@ -98,12 +98,13 @@ impl Checksums {
             chunks: chunks as u32,
         };
         let summing = [chunks.div_ceil(CHUNKS_AT_ONCE) as u32, count as u32, 1];
-        stream.keep((data.clone(), scratch.clone()))?;
         // SAFETY: every block was checked to lie inside the data, the scratch memory has room for the rest, and both are kept.
-        unsafe {
-            stream.launch(&self.sums, summing, 256, &params)?;
-            stream.launch(&self.chain, [count as u32, 1, 1], 32, &params)?;
-        }
+        let launched = unsafe {
+            let sums = stream.launch(&self.sums, summing, 256, &params);
+            sums.and_then(|()| stream.launch(&self.chain, [count as u32, 1, 1], 32, &params))
+        };
+        stream.keep((data.clone(), scratch.clone()))?;
+        launched?;
         let out = stream.download(&scratch, entries)?;
         *self.scratch.lock().unwrap_or_else(PoisonError::into_inner) = Some(scratch);
         let (sums, _) = out.as_chunks::<16>();

@@ -53,13 +53,13 @@ pub(super) struct Completion {
 }
 
 impl Completion {
-    /// Waits, says so, and lets go.
+    /// Waits, lets go, and says so: whoever hears of it finds that nothing is kept for it any more.
     fn finish(mut self) {
         let outcome = self.event.wait();
+        drop(self.kept.take());
         if let Some(event) = self.notify.take() {
             event.complete(outcome);
         }
-        drop(self.kept.take());
     }
 }
 

@@ -148,7 +148,7 @@ impl CudaMemory {
         check("cuMemGetAddressRange", unsafe {
             sys::cuMemGetAddressRange_v2(&mut base, &mut size, address)
         })?;
-        let end = address.saturating_sub(base) as usize + bytes;
+        let end = (address.saturating_sub(base) as usize).saturating_add(bytes);
         if end > size {
             return Err(DeviceError::OutOfBounds { offset: 0, end, len: size });
         }
