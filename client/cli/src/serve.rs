@@ -33,6 +33,9 @@ pub(crate) struct ServeOptions {
     /// Size of its segment files, in MiB [default: 256].
     #[arg(long, value_name = "MIB")]
     nvme_segment_mib: Option<u64>,
+    /// Memory of each GPU for the blocks that are read most there, in MiB; 0: none [default: 0]. Which GPUs: see the config file.
+    #[arg(long, env = "CAIRN_GPU_MIB", value_name = "MIB")]
+    gpu_mib: Option<u64>,
     /// Listen beyond loopback without TLS and authentication.
     #[arg(long)]
     allow_insecure_network: bool,
@@ -53,6 +56,7 @@ impl ServeOptions {
         config.host.capacity_mib = self.capacity_mib.unwrap_or(config.host.capacity_mib);
         config.host.policy = self.policy.unwrap_or(config.host.policy);
         config.nvme.segment_mib = self.nvme_segment_mib.unwrap_or(config.nvme.segment_mib);
+        config.gpu.capacity_mib = self.gpu_mib.unwrap_or(config.gpu.capacity_mib);
         if let (Some(path), Some(capacity_mib)) = (self.nvme_dir, self.nvme_mib) {
             config.nvme.device.push(DeviceEntry { path, capacity_mib });
         }

@@ -72,7 +72,10 @@ fn device(info: &CudaInfo) -> Finding {
         "GPU",
         here,
         Verdict::Good,
-        format!("a worker computes on it with --device cuda:{}", info.ordinal),
+        format!(
+            "a worker computes on it with --device cuda:{}, serve --gpu-mib keeps blocks on it",
+            info.ordinal
+        ),
     )
 }
 
