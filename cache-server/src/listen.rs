@@ -16,10 +16,6 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 
-/// From the connection to the end of the TLS handshake, and from there to the first call with a token that is good (or any, where none
-/// is asked for).
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// Whether a connection's peer has shown who it is. In the extensions of every request.
 #[derive(Clone, Default)]
 pub(crate) struct Known(Arc<AtomicBool>);
@@ -44,7 +40,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) fn accept(
     listener: TcpListener,
     tls: Option<Arc<rustls::ServerConfig>>,
-    max_connections: usize,
+    (max_connections, patience): (usize, Duration),
     stop: CancellationToken,
 ) -> mpsc::Receiver<io::Result<Connection>> {
     let (ready, queue) = mpsc::channel(QUEUE);
@@ -68,10 +64,10 @@ pub(crate) fn accept(
             let _ = socket.set_nodelay(true);
             let (ready, acceptor) = (ready.clone(), acceptor.clone());
             tokio::spawn(async move {
-                let opened = tokio::time::timeout(PATIENCE, open(acceptor, socket)).await;
+                let opened = tokio::time::timeout(patience, open(acceptor, socket)).await;
                 match opened {
                     // Nobody takes it up once the server ends.
-                    Ok(Ok(io)) => drop(ready.send(Ok(Connection::new(io, permit))).await),
+                    Ok(Ok(io)) => drop(ready.send(Ok(Connection::new(io, patience, permit))).await),
                     Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                     Err(_) => tracing::debug!("a TLS handshake took too long"),
                 }
@@ -103,8 +99,8 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    fn new(io: Io, permit: OwnedSemaphorePermit) -> Self {
-        let patience = Some(Box::pin(tokio::time::sleep(PATIENCE)));
+    fn new(io: Io, patience: Duration, permit: OwnedSemaphorePermit) -> Self {
+        let patience = Some(Box::pin(tokio::time::sleep(patience)));
         Self { io, known: Known::default(), patience, _permit: permit }
     }
 }

@@ -121,6 +121,7 @@ impl Server {
             limits: Limits {
                 fetch_timeout: Duration::from_millis(config.limits.fetch_timeout_ms),
                 idle_timeout: Duration::from_millis(config.limits.publish_idle_ms),
+                handshake_timeout: Duration::from_millis(config.limits.handshake_ms),
                 staging_bytes: config.wires.staging_mib << 20,
             },
             auth,
@@ -145,8 +146,8 @@ impl Server {
             prefault(engine, stop.clone(), &background);
         }
         background.close();
-        let connections =
-            listen::accept(listener, tls.map(for_grpc), config.limits.max_connections, stop.clone());
+        let bounds = (config.limits.max_connections, context.limits.handshake_timeout);
+        let connections = listen::accept(listener, tls.map(for_grpc), bounds, stop.clone());
         let grpc = tokio::spawn(serve_grpc(context.clone(), connections));
         tracing::info!(%address, %http_address, capacity_mib = config.host.capacity_mib, "serving");
         let grace = Duration::from_millis(config.server.shutdown_grace_ms);

@@ -54,8 +54,11 @@ pub fn with_tls(mut config: Config, certs: &Certs) -> Config {
     config.tls.key_file = Some(certs.server.1.clone());
     config.wires.data_listen = Some(([127, 0, 0, 1], 0).into());
     config.wires.rdma_listen = rdma_address().map(|address| (address, 0).into());
-    // The fabric of the tests is a virtual machine's.
-    config.server.allow_insecure_network = config.wires.rdma_listen.is_some();
+    if config.wires.rdma_listen.is_some() {
+        // The fabric of the tests is that of a virtual machine, which may be a slow one.
+        config.server.allow_insecure_network = true;
+        config.limits.handshake_ms = 60_000;
+    }
     config
 }
 

@@ -35,7 +35,9 @@ async fn nonsense<S: AsyncRead + AsyncWrite + Unpin>(mut socket: S, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_and_nonsense_are_cut_off_on_every_port() {
-    let site = Site::start(16).await;
+    let mut config = config(16);
+    config.limits.handshake_ms = 1500;
+    let site = Site::with(config).await;
     let session = site.session().await;
     let grpc = site.server.address();
     let data = site.server.data_address().unwrap();
@@ -44,7 +46,7 @@ async fn silence_and_nonsense_are_cut_off_on_every_port() {
     for address in [grpc, data] {
         tasks.push(tokio::spawn(async move {
             let mut silent = TcpStream::connect(address).await.unwrap();
-            assert!(closed(&mut silent).await > Duration::from_secs(2), "it had its time");
+            assert!(closed(&mut silent).await > Duration::from_secs(1), "it had its time");
         }));
         for seed in 0..4 {
             tasks.push(tokio::spawn(async move {

@@ -216,24 +216,30 @@ async fn transfers_that_are_given_up_leave_nothing_behind() {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_requests_at_a_time() {
     for kind in wires() {
-        let case = Case::start(kind).await;
+        let case = Arc::new(Case::start(kind).await);
         let space = space("t");
         let chains: Vec<_> = (0..6).map(|seed| hashes(&space, seed, 8)).collect();
-        let publishes = chains.iter().map(|chain| case.publish(&space, chain));
-        futures::future::join_all(publishes).await;
-        let fetches = (0..24).map(|i| {
-            let (case, space, chain) = (&case, &space, &chains[i % 6]);
-            async move {
-                let (lease, sums) = case.session.lease(space, chain, 60_000).await;
-                let what = (space, &chain[..], &sums[..]);
+        // Tasks of their own, as callers have them: one that computes does not keep the others from their turn in a handshake.
+        let mut tasks = tokio::task::JoinSet::new();
+        for chain in chains.clone() {
+            let (case, space) = (case.clone(), space.clone());
+            tasks.spawn(async move { case.publish(&space, &chain).await });
+        }
+        assert_eq!(std::mem::take(&mut tasks).join_all().await.len(), 6);
+        for i in 0..24 {
+            let (case, space, chain) = (case.clone(), space.clone(), chains[i % 6].clone());
+            tasks.spawn(async move {
+                let (lease, sums) = case.session.lease(&space, &chain, 60_000).await;
+                let what = (&space, &chain[..], &sums[..]);
                 let found = case.session.fetch(&*case.wire, what, lease, 0..8).await.unwrap();
-                for ((arrival, bytes), hash) in found.iter().zip(chain) {
-                    assert!(*arrival == Some(Arrival::Whole) && *bytes == payload(space, hash));
+                assert_eq!(found.len(), 8);
+                for ((arrival, bytes), hash) in found.iter().zip(&chain) {
+                    assert!(*arrival == Some(Arrival::Whole) && *bytes == payload(&space, hash));
                 }
-            }
-        });
-        futures::future::join_all(fetches).await;
-        case.end().await;
+            });
+        }
+        assert_eq!(tasks.join_all().await.len(), 24);
+        Arc::into_inner(case).unwrap().end().await;
     }
 }
 

@@ -137,6 +137,8 @@ pub struct LimitsConfig {
     pub fetch_timeout_ms: u64,
     /// Longest pause between two messages of a publish.
     pub publish_idle_ms: u64,
+    /// Longest step of a connection until it is known whose it is: TLS, the proof of a session's key, a queue pair, the first call.
+    pub handshake_ms: u64,
 }
 
 /// One tenant's share.
@@ -210,6 +212,7 @@ impl Default for LimitsConfig {
             max_spaces: 1024,
             fetch_timeout_ms: 30_000,
             publish_idle_ms: 10_000,
+            handshake_ms: 5_000,
         }
     }
 }
@@ -260,6 +263,11 @@ impl Config {
     pub fn core(&self, hash_seed: [u64; 2]) -> Result<CoreConfig, ConfigError> {
         self.check_listen()?;
         self.wires.check(&self.tls)?;
+        if self.limits.handshake_ms == 0 {
+            return Err(ConfigError::Value(
+                "limits.handshake_ms must be at least 1: nobody could connect".into(),
+            ));
+        }
         let HostConfig { capacity_mib, chunk_mib, .. } = self.host;
         if chunk_mib == 0 || capacity_mib < chunk_mib {
             let text = format!(

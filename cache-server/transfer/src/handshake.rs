@@ -8,9 +8,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::Status;
 
-/// Longest time from the connection to the proof, so that strangers cannot hold connections open.
-const TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Longest time to say why not.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -75,7 +72,7 @@ pub(crate) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         link.send(kind::READY, &()).await?;
         Ok((hello.session_id, hold))
     };
-    let result = match tokio::time::timeout(TIMEOUT, work).await {
+    let result = match tokio::time::timeout(store.limits().handshake_timeout, work).await {
         Ok(result) => result,
         Err(_) => Err(Status::deadline_exceeded("the handshake took too long")),
     };

@@ -27,6 +27,8 @@ pub struct Limits {
     pub fetch_timeout: Duration,
     /// Longest pause of a client in the middle of a request.
     pub idle_timeout: Duration,
+    /// Longest step of a connection until it is known whose it is, so that strangers cannot hold connections open.
+    pub handshake_timeout: Duration,
     /// Staging memory of one connection, in bytes.
     pub staging_bytes: u64,
 }

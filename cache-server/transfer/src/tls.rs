@@ -23,9 +23,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
-/// Longest TLS handshake, so that strangers cannot hold connections open.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-
 /// Connections at a time, in all.
 const MAX_CONNECTIONS: usize = 4096;
 
@@ -248,7 +245,7 @@ pub async fn serve(
         let (store, acceptor, rdma, stop) = (store.clone(), acceptor.clone(), rdma.clone(), stop.clone());
         tasks.spawn(async move {
             let work = async {
-                let stream = accept(&acceptor, socket).await?;
+                let stream = accept(&acceptor, socket, store.limits().handshake_timeout).await?;
                 stream::serve(store, stream, rdma).await
             };
             if let Some(Err(status)) = stop.run_until_cancelled(work).await {
@@ -261,9 +258,13 @@ pub async fn serve(
     tasks.wait().await;
 }
 
-async fn accept(acceptor: &TlsAcceptor, socket: TcpStream) -> Result<server::TlsStream<TcpStream>, Status> {
+async fn accept(
+    acceptor: &TlsAcceptor,
+    socket: TcpStream,
+    patience: Duration,
+) -> Result<server::TlsStream<TcpStream>, Status> {
     let failed = |error: std::io::Error| Status::unavailable(format!("no TLS: {error}"));
     socket.set_nodelay(true).map_err(failed)?;
-    let accepted = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(socket)).await;
+    let accepted = tokio::time::timeout(patience, acceptor.accept(socket)).await;
     accepted.map_err(|_| Status::deadline_exceeded("the TLS handshake took too long"))?.map_err(failed)
 }

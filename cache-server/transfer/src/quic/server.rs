@@ -22,9 +22,6 @@ use tonic::Status;
 /// Connections at a time, in all.
 const MAX_CONNECTIONS: usize = 4096;
 
-/// From the first packet of a connection to its proof.
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// Window of a connection before it is known whose it is.
 const STRANGER_WINDOW_BYTES: u32 = 64 << 10;
 
@@ -100,7 +97,8 @@ impl QuicServer {
             let (server, stop) = (server.clone(), stop.clone());
             tasks.spawn(async move {
                 let work = async {
-                    let opened = tokio::time::timeout(PATIENCE, server.open(incoming)).await;
+                    let patience = server.store.limits().handshake_timeout;
+                    let opened = tokio::time::timeout(patience, server.open(incoming)).await;
                     let opened = opened.map_err(|_| Status::deadline_exceeded("no handshake"))?;
                     let (connection, session, _place) = opened?;
                     server.serve(connection, session).await

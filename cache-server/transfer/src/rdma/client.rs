@@ -3,7 +3,7 @@
 
 use super::Ticket;
 use super::registered::{Access, Region};
-use super::verbs::{MAX_PIECES, Piece, Queue, Way};
+use super::verbs::{MAX_PIECES, Piece, Queue, Way, aside};
 use crate::Arrivals;
 use crate::frame::{Link, kind, nonsense};
 use crate::located::{self, Bring, MAX_CHUNKS, number, offset};
@@ -76,11 +76,14 @@ impl RdmaWire {
             address.set_ip(peer.map_err(|error| Status::unavailable(error.to_string()))?.ip());
         }
         let failed = |error| Status::unavailable(format!("no RDMA to {address}: {error}"));
-        let queue = Queue::connect(address, &ticket).await.map_err(failed)?;
-        let buffer = Buffer::new(&queue).map_err(|error| {
-            let text = "cannot register memory for RDMA (is the limit of locked memory high enough?)";
-            Status::resource_exhausted(format!("{text}: {error}"))
-        })?;
+        let queue = Queue::connect(address, ticket).await.map_err(failed)?;
+        // The server has the other end, too: only now does it hear requests.
+        link.answer().await?.of_kind::<()>(kind::READY)?;
+        let (queue, buffer) =
+            aside(move || Buffer::new(&queue).map(|buffer| (queue, buffer))).await.map_err(|error| {
+                let text = "cannot register memory for RDMA (is the limit of locked memory high enough?)";
+                Status::resource_exhausted(format!("{text}: {error}"))
+            })?;
         Ok(Connection { queue, buffer, chunks: HashMap::new(), staging: None, link })
     }
 

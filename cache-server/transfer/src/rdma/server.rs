@@ -24,9 +24,6 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Longest time from a ticket to its queue pair.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How often registrations of chunks that got other memory are given up, if nobody asks for more.
 const SWEEP_PERIOD: Duration = Duration::from_secs(1);
 
@@ -171,10 +168,11 @@ impl RdmaServer {
         let _withdraw = Withdraw { server: self, ticket };
         let offer = pb::QueuePairOffer { address: self.address.to_string(), ticket: ticket.to_vec().into() };
         link.send(kind::QUEUE_PAIR_AT, &offer).await?;
-        let given = tokio::time::timeout(CONNECT_TIMEOUT, given).await;
+        let given = tokio::time::timeout(store.limits().handshake_timeout, given).await;
         let late = || Status::unavailable("no queue pair came");
         let (queue, tenant) = given.map_err(|_| late())?.map_err(|_| late())?;
         let reach = Some(Reach { _queue: queue, staging: None, tenant });
+        link.send(kind::READY, &()).await?;
         let mut connection = Connection { reach, store: store.clone(), link, session };
         requests(&mut connection).await
     }

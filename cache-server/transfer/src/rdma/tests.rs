@@ -47,7 +47,7 @@ async fn pair(listener: &Listener) -> (Queue, Queue) {
         assert_eq!(request.ticket, ticket);
         request.accept(|end| end.domain().map(Arc::new)).unwrap()
     };
-    let active = Queue::connect((address, listener.port()).into(), &ticket);
+    let active = Queue::connect((address, listener.port()).into(), ticket);
     let (active, passive) = tokio::join!(active, passive);
     (active.unwrap(), passive)
 }
@@ -126,11 +126,11 @@ async fn a_refusal_is_an_error() {
     let listener = Listener::bind((address, 0).into()).unwrap();
     let refuse = async { listener.request().await.unwrap().refuse() };
     let ticket = [1; TICKET_BYTES];
-    let call = Queue::connect((address, listener.port()).into(), &ticket);
+    let call = Queue::connect((address, listener.port()).into(), ticket);
     let (called, ()) = tokio::join!(call, refuse);
     let error = called.err().unwrap().to_string();
     assert!(error.contains("REJECTED"), "{error}");
-    let nobody = Queue::connect((address, 1).into(), &ticket).await.err().unwrap();
+    let nobody = Queue::connect((address, 1).into(), ticket).await.err().unwrap();
     println!("nobody listens: {nobody}");
     let (client, server) = pair(&listener).await;
     drop(server);

@@ -50,6 +50,13 @@ pub(super) fn check_pointer<T>(pointer: *mut T) -> io::Result<*mut T> {
     if pointer.is_null() { Err(io::Error::last_os_error()) } else { Ok(pointer) }
 }
 
+/// Makes, pins or gives up what belongs to a device, which takes milliseconds and more, where nobody waits for the thread.
+pub(super) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
 /// A second descriptor of what the library waits on, so that neither depends on when the other is closed.
 fn watch(fd: RawFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the caller has just made the channel, whose descriptor is open.
@@ -472,7 +479,7 @@ impl Queue {
     }
 
     /// Connects to a server that knows the ticket.
-    pub(super) async fn connect(address: SocketAddr, ticket: &Ticket) -> io::Result<Self> {
+    pub(super) async fn connect(address: SocketAddr, ticket: Ticket) -> io::Result<Self> {
         let channel = Channel::new()?;
         let id = Id::new(&channel)?;
         let address = SockAddr::from(address);
@@ -490,7 +497,7 @@ impl Queue {
         // SAFETY: the id lives and has an address.
         check(unsafe { rdma_resolve_route(id.0, RESOLVE_MS) })?;
         channel.await_event(rdma_cm_event_type::RDMA_CM_EVENT_ROUTE_RESOLVED).await?;
-        let queue = Self::call(End { id, channel }, ticket)?;
+        let queue = aside(move || Self::call(End { id, channel }, &ticket)).await?;
         queue.end.channel.await_event(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED).await?;
         Ok(queue)
     }
