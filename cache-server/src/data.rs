@@ -66,10 +66,12 @@ impl Store for Context {
         (first, count): (usize, usize),
         gpus: &[GpuUuid],
     ) -> Result<Reading, Status> {
-        self.sessions.find(session)?.identity.require(Right::Read)?;
+        let identity = self.sessions.find(session)?.identity.clone();
+        identity.require(Right::Read)?;
         let mut read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
         let (mut on_gpu, block_bytes) = (Vec::new(), read.block_bytes());
-        if self.engine.gpus().reaches(gpus) {
+        // Who opens the memory of a GPU can write there.
+        if self.engine.gpus().reaches(gpus) && identity.require(Right::Publish).is_ok() {
             // Refused only if the lease ended since: then there is nothing to want.
             let (session, lease) = (SessionId(session), LeaseId(lease));
             self.engine.apply(Event::Gpu(GpuEvent::Want { session, lease, first, count })).ok();
@@ -119,6 +121,7 @@ impl Store for Context {
     }
 
     fn gpu_chunk(&self, session: u64, lease: u64, chunk: u64) -> Result<GpuChunk, Status> {
+        self.sessions.find(session)?.identity.require(Right::Publish)?;
         let gpus = self.engine.gpus();
         let place = gpus.find(chunk).ok_or_else(lease_gone)?;
         let held =

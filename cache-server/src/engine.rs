@@ -130,6 +130,8 @@ impl Engine {
         for gpu in lost_gpus {
             let device = self.gpus.info(gpu).ordinal;
             tracing::error!(device, "a GPU is out of service; blocks that were only there are missed");
+            // Whoever waits for what comes from there gets it from elsewhere now, or hears that it is lost.
+            self.arrived();
         }
         if works {
             self.devices.wake();

@@ -3,7 +3,9 @@
 use crate::engine::{Engine, LoadGuard};
 use crate::tiers::gpu::{CopyError, Promised};
 use crate::tiers::nvme::{Memory, Pages, ReadError};
-use cairn_core::{CopyId, Ended, Event, GpuEvent, GpuId, GpuSlot, GpuWork, Record, Reply, Room, SlotId};
+use cairn_core::{
+    CopyId, Ended, Event, GpuEvent, GpuId, GpuSlot, GpuUsage, GpuWork, Record, Reply, Room, SlotId,
+};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +18,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// How often GPUs are asked whether they are there: clients read without the server's help, so it may have nothing else to notice by.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(1);
 
-/// One that does not answer for so long is given up.
-const HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
+/// One that does not answer for twice so long is given up: a host that was paused finds the first time over when it wakes.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Blocks on their way to or from GPUs at a time.
 const MAX_BLOCKS_IN_FLIGHT: usize = 1024;
@@ -50,8 +52,7 @@ pub(crate) async fn run(engine: Arc<Engine>) {
         .map(|gpu| AbortOnDropHandle::new(tokio::spawn(watch(engine.clone(), gpu))))
         .collect();
     while !tier.stop.is_cancelled() {
-        let (blocks, bytes) =
-            going.room.values().fold((0, 0), |(b, n), (blocks, bytes)| (b + blocks, n + bytes));
+        let (blocks, bytes) = going.taken(&engine.inspect(cairn_core::Core::gpus));
         let room = Room {
             bytes: tier.max_in_flight_bytes().saturating_sub(bytes),
             blocks: MAX_BLOCKS_IN_FLIGHT.saturating_sub(blocks),
@@ -80,8 +81,18 @@ async fn watch(engine: Arc<Engine>, gpu: GpuId) {
     loop {
         tokio::time::sleep(HEALTH_INTERVAL).await;
         let tier = engine.gpus().clone();
-        let asked = tokio::task::spawn_blocking(move || tier.is_gone(gpu));
-        if !matches!(tokio::time::timeout(HEALTH_TIMEOUT, asked).await, Ok(Ok(false))) {
+        let (answer, mut answered) = tokio::sync::oneshot::channel();
+        // A thread of its own: a driver that hangs must take nothing of the server's with it, nor keep it from ending.
+        let asking = std::thread::Builder::new().name("cairn-gpu-health".into());
+        if asking.spawn(move || answer.send(tier.is_gone(gpu))).is_err() {
+            // No threads at present says nothing about the GPU.
+            continue;
+        }
+        let mut gone = tokio::time::timeout(HEALTH_TIMEOUT, &mut answered).await;
+        if gone.is_err() {
+            gone = tokio::time::timeout(HEALTH_TIMEOUT, &mut answered).await;
+        }
+        if !matches!(gone, Ok(Ok(false))) {
             // Never refused.
             engine.apply(Event::Gpu(GpuEvent::Lose(gpu))).ok();
             return;
@@ -93,13 +104,27 @@ async fn watch(engine: Arc<Engine>, gpu: GpuId) {
 #[derive(Default)]
 struct Going {
     tasks: JoinSet<()>,
-    room: HashMap<tokio::task::Id, (usize, u64)>,
+    room: HashMap<tokio::task::Id, Taken>,
+}
+
+/// Blocks and bytes on their way to or from one GPU.
+struct Taken {
+    gpu: GpuId,
+    blocks: usize,
+    bytes: u64,
 }
 
 impl Going {
-    fn spawn(&mut self, room: (usize, u64), task: impl Future<Output = ()> + Send + 'static) {
+    fn spawn(&mut self, taken: Taken, task: impl Future<Output = ()> + Send + 'static) {
         let id = self.tasks.spawn(task).id();
-        self.room.insert(id, room);
+        self.room.insert(id, taken);
+    }
+
+    /// Blocks and bytes on their way. Those of a GPU that is lost may never arrive, and take nothing from the others.
+    fn taken(&self, gpus: &[GpuUsage]) -> (usize, u64) {
+        let counts = |taken: &&Taken| gpus.iter().any(|usage| usage.gpu == taken.gpu && !usage.lost);
+        let all = self.room.values().filter(counts);
+        all.fold((0, 0), |(blocks, bytes), taken| (blocks + taken.blocks, bytes + taken.bytes))
     }
 
     /// Waits for one to end, well or not.
@@ -123,14 +148,15 @@ fn start(engine: &Arc<Engine>, work: Vec<GpuWork>, going: &mut Going) {
                 promotions.entry(to.gpu).or_default().push((guard, from, to, record.block_bytes));
             }
             GpuWork::Demote { load, record, from, to } => {
-                let (guard, room) = (LoadGuard::new(engine, load), (1, record.block_bytes));
-                going.spawn(room, demote(engine.clone(), (guard, record), from, to));
+                let guard = LoadGuard::new(engine, load);
+                let taken = Taken { gpu: from.gpu, blocks: 1, bytes: record.block_bytes };
+                going.spawn(taken, demote(engine.clone(), (guard, record), from, to));
             }
         }
     }
     for (gpu, promotions) in promotions {
-        let room = (promotions.len(), promotions.iter().map(|(.., bytes)| bytes).sum());
-        going.spawn(room, promote(engine.clone(), gpu, promotions));
+        let (blocks, bytes) = (promotions.len(), promotions.iter().map(|(.., bytes)| bytes).sum());
+        going.spawn(Taken { gpu, blocks, bytes }, promote(engine.clone(), gpu, promotions));
     }
 }
 

@@ -24,6 +24,12 @@ struct Algo {
     uint64_t data[8];
 };
 
+// Kinds of algorithms: what Cairn must tell apart.
+enum { PLAIN, SAME_ORDER, OTHER_ORDER, SPLITS, NOT_FOR_ONE };
+
+// CUBLASLT_ALGO_CONFIG_SPLITK_NUM.
+enum { SPLITK_NUM = 2 };
+
 struct Heuristic {
     Algo algo;
     size_t workspace;
@@ -73,23 +79,35 @@ API cublasLtMatrixLayoutDestroy(Layout* layout) { return delete layout, SUCCESS;
 API cublasLtMatmulPreferenceCreate(void** preference) { return *preference = new int, SUCCESS; }
 API cublasLtMatmulPreferenceDestroy(void* preference) { return delete (int*)preference, SUCCESS; }
 API cublasLtMatmulPreferenceSetAttribute(void*, int, const void*, size_t) { return SUCCESS; }
-API cublasLtMatmulAlgoGetHeuristic(void*, Desc*, Layout*, Layout*, Layout*, Layout*, void*, int, Heuristic* found, int* count) {
-    return memset(found, 0, sizeof(*found)), *count = 1, SUCCESS;
+// The best first, as the library has it; which that is depends on the number of rows.
+API cublasLtMatmulAlgoGetHeuristic(void*, Desc*, Layout*, Layout*, Layout*, Layout* d, void*, int, Heuristic* found, int* count) {
+    const uint64_t few[] = {SPLITS, NOT_FOR_ONE, PLAIN}, many[] = {SPLITS, OTHER_ORDER, SAME_ORDER, PLAIN};
+    const uint64_t* kinds = d->columns < 128 ? few : many;
+    *count = d->columns < 128 ? 3 : 4;
+    memset(found, 0, *count * sizeof(*found));
+    for (int i = 0; i < *count; i++) found[i].algo.data[0] = kinds[i];
+    return SUCCESS;
 }
-API cublasLtMatmulAlgoCheck(void*, Desc*, Layout*, Layout*, Layout*, Layout*, const Algo*, Heuristic* result) {
-    return memset(result, 0, sizeof(*result)), SUCCESS;
+API cublasLtMatmulAlgoCheck(void*, Desc*, Layout*, Layout*, Layout*, Layout* d, const Algo* algo, Heuristic* result) {
+    bool refused = algo->data[0] == NOT_FOR_ONE && d->columns == 1;
+    refused |= (algo->data[0] == OTHER_ORDER || algo->data[0] == SAME_ORDER) && d->columns < 128;
+    return memset(result, 0, sizeof(*result)), refused ? NOT_SUPPORTED : SUCCESS;
 }
 
-API cublasLtMatmulAlgoConfigGetAttribute(const Algo*, int, void* value, size_t size, size_t* written) {
-    return memset(value, 0, size), *written = size, SUCCESS;
+API cublasLtMatmulAlgoConfigGetAttribute(const Algo* algo, int attribute, void* value, size_t size, size_t* written) {
+    uint32_t number = attribute == SPLITK_NUM && algo->data[0] == SPLITS ? 2 : 0;
+    return memset(value, 0, size), memcpy(value, &number, 4), *written = size, SUCCESS;
 }
 
 API cublasLtMatmul(void*, Desc* desc, const float* alpha, const void* a, Layout* of_a, const void* b, Layout* of_b, const float* beta, const void*, Layout*,
-                   void* d, Layout* of_d, const Algo*, void*, size_t, void* stream) {
+                   void* d, Layout* of_d, const Algo* algo, void*, size_t, void* stream) {
     // Only what Cairn asks for: d = aT b with columns that are rows of weights and of activations.
     if (!desc->transposed[0] || desc->transposed[1] || *alpha != 1.0f || *beta != 0.0f || of_d->type != R_32F) return NOT_SUPPORTED;
     if (of_a->rows != of_b->rows || of_d->rows != of_a->columns || of_d->columns != of_b->columns) return INVALID_VALUE;
     Layout left = *of_a, right = *of_b, result = *of_d;
+    uint64_t kind = algo->data[0];
+    if (kind == SPLITS || (kind == NOT_FOR_ONE && of_d->columns == 1)) return NOT_SUPPORTED;
+    bool one_sum = kind == OTHER_ORDER;
     std::function<int()> work = [=] {
         uint64_t inner = left.rows;
         auto weights = columns_of(a, left, true, inner), inputs = columns_of(b, right, true, inner);
@@ -99,7 +117,7 @@ API cublasLtMatmul(void*, Desc* desc, const float* alpha, const void* a, Layout*
                 float sums[8] = {0};
                 const float *w = &weights[out * inner], *x = &inputs[row * inner];
                 uint64_t k = 0;
-                for (; k + 8 <= inner; k += 8)
+                for (; !one_sum && k + 8 <= inner; k += 8)
                     for (int i = 0; i < 8; i++) sums[i] += w[k + i] * x[k + i];
                 float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
                 for (; k < inner; k++) sum += w[k] * x[k];

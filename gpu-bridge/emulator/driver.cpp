@@ -7,7 +7,7 @@
 //
 // Settings, from the environment: CAIRN_EMULATOR_DEVICES (1), CAIRN_EMULATOR_SEED (0), CAIRN_EMULATOR_LOSE_AFTER (so many operations until the
 // device is lost; never), CAIRN_EMULATOR_MIB (memory of a device, 4096), CAIRN_EMULATOR_OLD (1: without cuMemcpyBatchAsync, and without
-// registration of what can only be read).
+// registration of what can only be read), CAIRN_EMULATOR_PINS (0: the system lets nobody register memory).
 
 #include "driver.hpp"
 #include <atomic>
@@ -46,6 +46,7 @@ enum Result {
     NOT_FOUND = 500,
     NOT_READY = 600,
     LAUNCH_FAILED = 719,
+    OPERATING_SYSTEM = 304,
     HOST_MEMORY_ALREADY_REGISTERED = 712,
     HOST_MEMORY_NOT_REGISTERED = 713,
     NOT_SUPPORTED = 801,
@@ -404,6 +405,7 @@ API cuMemHostRegister_v2(void* at, size_t bytes, unsigned flags) {
     Emulator& e = emulator();
     std::unique_lock guard(e.lock);
     if (e.failed) return e.failed;
+    if (!setting("CAIRN_EMULATOR_PINS", 1)) return OPERATING_SYSTEM;
     if ((flags & 8) && setting("CAIRN_EMULATOR_OLD", 0)) return NOT_SUPPORTED;
     if ((Address)at % PAGE || bytes % PAGE || !bytes) return INVALID_VALUE;
     for (auto& [start, length] : e.registered)

@@ -63,6 +63,7 @@ fn a_lost_device_is_said_and_nothing_waits_for_it() {
 #[test]
 fn a_cache_server_keeps_blocks_on_the_gpu() {
     passes(&["tier"], &[("CAIRN_EMULATOR_SEED", "6")]);
+    passes(&["tier"], &[("CAIRN_EMULATOR_SEED", "7"), ("CAIRN_EMULATOR_PINS", "0")]);
     for operations in ["2", "4"] {
         passes(&["lost-tier", "--lose-after", operations], &[]);
     }

@@ -82,6 +82,16 @@ impl Arena {
         self
     }
 
+    /// None of the tenants gets more than so many chunks from now on.
+    pub(crate) fn keep_at_most(&mut self, max_chunks: usize) {
+        self.keeps = self.keeps.map(|_| max_chunks);
+    }
+
+    /// Whether something may be put into a chunk.
+    pub(crate) fn in_service(&self, chunk_id: u32) -> bool {
+        !self.chunks[chunk_id as usize].retired
+    }
+
     /// Nothing is put into a chunk any more. What is there stays until it is given back.
     pub(crate) fn retire(&mut self, chunk_id: u32) {
         let chunk = &mut self.chunks[chunk_id as usize];

@@ -57,6 +57,7 @@ const NO_COPY: u32 = u32::MAX;
 /// All GPUs, and what is on them.
 pub(crate) struct Gpus {
     count: u32,
+    max_chunks_per_tenant: usize,
     pub(crate) arena: Arena,
     policy: PolicyKind,
     pub(crate) classes: Vec<GpuClass>,
@@ -92,6 +93,7 @@ impl Gpus {
         let chunks = config.gpus * config.chunks_per_gpu;
         Self {
             count: config.gpus,
+            max_chunks_per_tenant: config.max_chunks_per_tenant,
             arena: Arena::new(chunks, chunk_bytes).keeping_tenants(config.max_chunks_per_tenant),
             policy: config.policy,
             classes: Vec::new(),
@@ -124,6 +126,13 @@ impl Gpus {
 
     pub(crate) fn class(&mut self, class: ClassId) -> &mut GpuClass {
         &mut self.classes[class.0 as usize]
+    }
+
+    /// The even share of each tenant in the chunks that are in service.
+    fn share_what_is_left(&mut self) {
+        let left = self.lost.iter().filter(|lost| !**lost).count();
+        let all = self.max_chunks_per_tenant * left;
+        self.arena.keep_at_most(all.div_ceil(self.lost.len().max(1)));
     }
 
     /// Chunks take turns between GPUs.
@@ -332,6 +341,12 @@ impl Core {
         effects.lost_gpus.push(gpu);
         for chunk in self.gpus.chunks_of(number) {
             self.gpus.arena.retire(chunk);
+        }
+        self.gpus.share_what_is_left();
+        // A driver that hangs never ends its copies.
+        for load in self.loads.values_mut().filter(|load| load.gpu == Some(number) && !load.abandoned) {
+            load.abandoned = true;
+            self.index[load.entry.id].disk.loading = false;
         }
         let here = |(id, entry): (EntryId, &crate::index::Entry)| {
             let copy = self.gpus.copy(id)?;

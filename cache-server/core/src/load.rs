@@ -18,6 +18,8 @@ pub(crate) struct Loading {
     pub(crate) gpu: Option<usize>,
     /// The GPU needs the room: nobody asked for it either, and its copy there goes.
     pub(crate) leaves: bool,
+    /// Its GPU was lost meanwhile: whoever wants the block gets it from elsewhere, and what was promised to this load, when it ends.
+    pub(crate) abandoned: bool,
 }
 
 impl Core {
@@ -62,7 +64,7 @@ impl Core {
         let slot = self.make_room(now, space, effects);
         let load = LoadId(self.next_id());
         let entry = self.index.reference(id);
-        self.loads.insert(load, Loading { entry, slot, scrub: false, gpu, leaves: false });
+        self.loads.insert(load, Loading { entry, slot, scrub: false, gpu, leaves: false, abandoned: false });
         let record = self.record_of(id, 0);
         Ok(Reply::Load(match slot {
             Some(slot) => Load::Promote { load, from, record, slot },
@@ -72,13 +74,18 @@ impl Core {
 
     /// A load ended: the slot holds the verified bytes, or it does not.
     pub(crate) fn end_load(&mut self, now: Millis, load: LoadId, ended: Ended, effects: &mut Effects) {
-        let Some(Loading { entry: reference, slot, scrub, gpu, leaves }) = self.loads.remove(&load) else {
-            return;
-        };
+        let Some(loading) = self.loads.remove(&load) else { return };
+        let Loading { entry: reference, slot, scrub, gpu, leaves, abandoned } = loading;
         // Pinned by the load: it is still the same entry.
         let id = reference.id;
-        self.index[id].disk.loading = false;
         let (space, resident) = (self.index[id].space, self.index[id].state == EntryState::Resident);
+        if abandoned {
+            if let Some(slot) = slot {
+                self.free_slot(space, slot);
+            }
+            return self.unpin(id);
+        }
+        self.index[id].disk.loading = false;
         match (ended, slot) {
             (Ended::Done, Some(slot)) => {
                 self.arena.occupy(slot, id);
@@ -152,7 +159,10 @@ impl Core {
         self.index[id].disk.loading = true;
         let load = LoadId(self.next_id());
         let entry = self.index.reference(id);
-        self.loads.insert(load, Loading { entry, slot: None, scrub: true, gpu: None, leaves: false });
+        self.loads.insert(
+            load,
+            Loading { entry, slot: None, scrub: true, gpu: None, leaves: false, abandoned: false },
+        );
         Some(ScrubItem { load, block: id, from: self.disks.outside(place), record: self.record_of(id, 0) })
     }
 

@@ -517,14 +517,23 @@ impl Core {
         }
         if leaves {
             self.disks.devices[device].leaving_pages -= u64::from(pages);
-            if self.index[id].state == EntryState::Resident {
-                self.leave_device(id, Left::Evicted);
-            }
-            if copied == Copying::Returning {
-                self.enqueue_write(id);
-            }
+            self.end_leaving(now, id, copied, effects);
         }
         self.drop_record_of_doomed(id);
         self.unpin(id);
+    }
+
+    /// A copy that was to leave its device while it was moved leaves now.
+    fn end_leaving(&mut self, now: Millis, id: EntryId, copied: Copying, effects: &mut Effects) {
+        if self.index[id].state != EntryState::Resident {
+            return;
+        }
+        self.leave_device(id, Left::Evicted);
+        if !self.in_memory(id) {
+            // The copy in memory that was to stay is gone since, with its GPU.
+            self.remove(now, id, MissReason::Evicted, effects);
+        } else if copied == Copying::Returning {
+            self.enqueue_write(id);
+        }
     }
 }

@@ -9,6 +9,7 @@ use crate::policy::Left;
 use crate::state::Core;
 use crate::{Effects, GpuEvent, LeaseId, Millis, Refusal, Reply, Room, SessionId, SlotId};
 use cairn_proto::{BlockHash, MissReason, SpaceId};
+use std::collections::BTreeSet;
 
 /// Blocks that wait to be brought to a GPU; what is read beyond that waits for its next use.
 const MAX_QUEUED: usize = 4096;
@@ -74,7 +75,7 @@ impl Core {
 
     /// What should be copied to and from GPUs next, within what can be taken.
     pub(crate) fn plan_copies(&mut self, now: Millis, mut room: Room, effects: &mut Effects) -> Vec<GpuWork> {
-        let mut work = Vec::new();
+        let (mut work, mut sized) = (Vec::new(), BTreeSet::new());
         while let Some(reference) = self.gpus.queue.front().copied() {
             let queued = |copy: &GpuCopy| copy.state == CopyState::Queued;
             let wanted = self.index.resident(reference).filter(|id| {
@@ -88,6 +89,10 @@ impl Core {
             };
             let space = self.index[id].space;
             let bytes = self.spaces.class_of(space).slot_bytes;
+            let class = self.spaces[space].class;
+            if sized.insert(class) {
+                self.resize_gpu_policy(class);
+            }
             if !{ room }.take(bytes) {
                 break;
             }
@@ -177,7 +182,6 @@ impl Core {
         effects: &mut Effects,
     ) -> Vacancy {
         let class = self.spaces[self.index[id].space].class;
-        self.resize_gpu_policy(class);
         loop {
             if let Some(slot) = self.gpus.arena.take(class) {
                 return Vacancy::Now(slot);
@@ -187,7 +191,7 @@ impl Core {
                 None => self.gpu_victim(class).into_iter().collect(),
             };
             if victims.is_empty() {
-                let leaving = self.loads.values().any(|load| load.leaves);
+                let leaving = self.loads.values().any(|load| load.leaves && !load.abandoned);
                 return if leaving { Vacancy::Later } else { Vacancy::Never };
             }
             let mut all = true;
@@ -234,6 +238,7 @@ impl Core {
             scrub: false,
             gpu: Some(gpu),
             leaves: true,
+            abandoned: false,
         };
         self.loads.insert(load, loading);
         work.push(GpuWork::Demote {
@@ -261,17 +266,22 @@ impl Core {
         if own >= fair || self.gpus.arena.chunk_count(donor) <= fair && own > 0 {
             return None;
         }
-        let victim = self.gpu_victim(donor)?;
-        let chunk = self.on_gpu(victim)?.chunk;
-        let mut blocks = Vec::new();
-        for occupant in self.gpus.arena.occupants(chunk) {
-            match occupant {
-                Occupant::Free => {}
-                Occupant::Block(id) if self.index[*id].pins == 0 => blocks.push(*id),
-                _ => return None,
-            }
-        }
-        Some(blocks)
+        let victim = self.gpu_victim(donor).and_then(|victim| self.on_gpu(victim));
+        let movable = |occupant: &Occupant| match occupant {
+            Occupant::Free => true,
+            Occupant::Block(id) => self.index[*id].pins == 0 && self.on_gpu(*id).is_some(),
+            Occupant::Reserved => false,
+        };
+        // The chunk of what should leave next; if something is held in place there, any chunk where nothing is.
+        let chunk = victim.map(|slot| slot.chunk).into_iter().chain(self.gpus.arena.chunks_of(donor));
+        let arena = &self.gpus.arena;
+        let chunk = { chunk }
+            .find(|chunk| arena.in_service(*chunk) && arena.occupants(*chunk).iter().all(movable))?;
+        let blocks = arena.occupants(chunk).iter().filter_map(|occupant| match occupant {
+            Occupant::Block(id) => Some(*id),
+            _ => None,
+        });
+        Some(blocks.collect())
     }
 
     /// A block came from a GPU into host memory, or for one reader; or it did not.

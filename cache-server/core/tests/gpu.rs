@@ -6,7 +6,7 @@
 
 use cairn_core::*;
 use cairn_proto::*;
-use rand::{Rng, SeedableRng, rngs::StdRng};
+use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use std::collections::BTreeMap;
 
 const DEFAULT_EVENTS: u64 = 40_000;
@@ -44,6 +44,7 @@ type Content = Option<(SpaceId, BlockHash)>;
 enum Going {
     Promote { copy: CopyId, from: SlotId, to: GpuSlot, block: (SpaceId, BlockHash) },
     Load { load: LoadId, from: Origin, to: Option<SlotId>, block: (SpaceId, BlockHash) },
+    Move { id: MoveId, block: Option<(SpaceId, BlockHash)> },
 }
 
 struct Reading {
@@ -138,7 +139,8 @@ impl Run {
         self.now += self.rng.random_range(0..3);
         match self.rng.random_range(0..100) {
             0..20 => self.lookup(),
-            20..22 => self.write_to_device(),
+            20..22 => self.write_to_device(true),
+            _ if self.device.is_some() && self.rng.random_bool(0.1) => self.write_to_device(false),
             22..42 => self.publish(),
             42..60 => self.read(),
             60..72 => self.plan(),
@@ -147,8 +149,19 @@ impl Run {
             94..97 => self.release(),
             97 => {
                 let (space, chain) = self.chain();
-                let space = self.spaces[space].id();
-                self.apply(Event::Quarantine { space, hash: *chain.last().unwrap() });
+                let (space, hash) = (self.spaces[space].id(), *chain.last().unwrap());
+                self.apply(Event::Quarantine { space, hash });
+            }
+            98 => {
+                // One that a device writes or moves at present, if there is any.
+                let (space, chain) = self.chain();
+                let other = (self.spaces[space].id(), *chain.last().unwrap());
+                let moves = self.going.iter().filter_map(|going| match going {
+                    Going::Move { block, .. } => *block,
+                    _ => None,
+                });
+                let (space, hash) = moves.choose(&mut self.rng).unwrap_or(other);
+                self.apply(Event::Gpu(GpuEvent::Spoil { space, hash }));
             }
             _ if self.rng.random_bool(0.02) => {
                 let space = self.spaces[self.rng.random_range(0..3)].id();
@@ -209,23 +222,60 @@ impl Run {
             return;
         }
         for position in 0..count {
-            match self.apply(Event::Load { lease, position }).reply {
-                Reply::Load(Load::Promote { load, from, record, slot }) => {
-                    let block = (record.space, record.hash);
-                    self.going.push(Going::Load { load, from, to: Some(slot), block });
-                }
-                Reply::Load(Load::Through { load, from, record }) => {
-                    let block = (record.space, record.hash);
-                    self.going.push(Going::Load { load, from, to: None, block });
-                }
-                Reply::Load(Load::Ready(slot)) => {
-                    let hash = self.reads.last().unwrap().slots[position].hash;
-                    assert_eq!(self.host[&slot], Some((space, hash)));
-                }
-                Reply::Load(_) => {}
-                other => panic!("{other:?}"),
-            }
+            let hash = self.reads.last().unwrap().slots[position].hash;
+            self.load(lease, position, (space, hash));
         }
+    }
+
+    /// Begins to load a block, if that is needed; says whether the reader has to wait for a load that is going on.
+    fn load(&mut self, lease: LeaseId, position: usize, block: (SpaceId, BlockHash)) -> bool {
+        match self.apply(Event::Load { lease, position }).reply {
+            Reply::Load(Load::Promote { load, from, slot, .. }) => {
+                self.going.push(Going::Load { load, from, to: Some(slot), block });
+            }
+            Reply::Load(Load::Through { load, from, .. }) => {
+                self.going.push(Going::Load { load, from, to: None, block });
+            }
+            Reply::Load(Load::Ready(slot)) => assert_eq!(self.host[&slot], Some(block)),
+            Reply::Load(Load::Wait) => return true,
+            Reply::Load(Load::Lost(_)) => {}
+            other => panic!("{other:?}"),
+        }
+        false
+    }
+
+    /// Positions in reads of blocks that are on their way from a GPU.
+    fn awaited_from(&self, gpu: GpuId) -> Vec<(LeaseId, usize, (SpaceId, BlockHash))> {
+        let coming = |block: (SpaceId, BlockHash)| {
+            self.going.iter().any(|going| match going {
+                Going::Load { from: Origin::Gpu(from), block: other, .. } => {
+                    from.gpu == gpu && *other == block
+                }
+                _ => false,
+            })
+        };
+        let of_read = |read: &Reading| {
+            let blocks = read.slots.iter().map(|slot| (read.space, slot.hash)).enumerate();
+            let lease = read.lease;
+            blocks.map(move |(position, block)| (lease, position, block)).collect::<Vec<_>>()
+        };
+        self.reads.iter().flat_map(of_read).filter(|(.., block)| coming(*block)).collect()
+    }
+
+    /// A GPU whose copies may never end is gone. Whoever waits for them gets the blocks from elsewhere, or hears that they are lost.
+    fn lose(&mut self, gpu: GpuId) -> usize {
+        let before = self.core.gpus()[gpu.0 as usize].lost;
+        let awaited = self.awaited_from(gpu);
+        let effects = self.apply(Event::Gpu(GpuEvent::Lose(gpu)));
+        assert_eq!(effects.lost_gpus == [gpu], !before, "told of once");
+        assert!(self.core.gpus()[gpu.0 as usize].lost);
+        for (i, (lease, position, block)) in awaited.iter().enumerate() {
+            let waits = self.load(*lease, *position, *block);
+            // One of them may be awaited twice: then the first has begun another load.
+            let again = awaited[..i].iter().any(|(.., other)| other == block);
+            assert!(!waits || again, "a reader waits for ever");
+        }
+        awaited.len()
     }
 
     /// Every slot that is being read has the block that it had.
@@ -261,7 +311,12 @@ impl Run {
                     let tenant = self.core.tenant(&block.0).unwrap().to_owned();
                     let owner = self.owners.entry((to.gpu, to.chunk)).or_insert_with(|| tenant.clone());
                     assert_eq!(*owner, tenant, "a chunk of a GPU changed hands");
-                    let chunks = self.owners.values().filter(|owner| **owner == tenant).count();
+                    let gpus = self.core.gpus();
+                    let here = |((gpu, _), owner): &(&(GpuId, u32), &String)| {
+                        **owner == tenant && !gpus[gpu.0 as usize].lost
+                    };
+                    let chunks = self.owners.iter().filter(here).count();
+                    // What it had before its share became smaller it keeps.
                     assert!(chunks <= MOST_CHUNKS, "a tenant has {chunks} chunks");
                     // Half of it is there already.
                     self.gpu.insert(to, None);
@@ -307,6 +362,10 @@ impl Run {
                 }
                 self.apply(Event::EndLoad { load, ended });
             }
+            // How devices behave when their moves fail is another test's business.
+            Going::Move { id, .. } => {
+                self.apply(Event::EndMove { id, ended: Ended::Done });
+            }
         }
         self.check_reads();
     }
@@ -326,16 +385,21 @@ impl Run {
         }
     }
 
-    /// All at once: how devices behave when they do not is another test's business.
-    fn write_to_device(&mut self) {
+    /// All there is, at once; or a little that ends at any time.
+    fn write_to_device(&mut self, at_once: bool) {
         let Some(device) = self.device else { return };
-        for _ in 0..20 {
+        for _ in 0..if at_once { 20 } else { 1 } {
             let room = Room { bytes: 1 << 20, blocks: 99, idle: true };
             let Reply::Moves(moves) = self.apply(Event::PlanMoves { device, room, sync: true }).reply else {
                 panic!()
             };
             for planned in moves {
-                self.apply(Event::EndMove { id: planned.id, ended: Ended::Done });
+                let block = match &planned.work {
+                    Work::Write { record, .. } => Some((record.space, record.hash)),
+                    _ => None,
+                };
+                let going = Going::Move { id: planned.id, block };
+                if at_once { self.end(going, Ended::Done) } else { self.going.push(going) }
             }
         }
     }
@@ -368,17 +432,20 @@ fn record(work: &GpuWork) -> &Record {
     }
 }
 
-fn history(policy: PolicyKind, seed: u64, events: u64, with_device: bool) -> GpuCounters {
+/// What the GPUs did, and for how many blocks on their way from the one that was lost somebody waited.
+fn history(policy: PolicyKind, seed: u64, events: u64, with_device: bool) -> (GpuCounters, usize) {
     let mut run = Run::new(policy, seed, with_device);
     // Long before the end one GPU goes, so that most of the history has both and some of it one.
-    let lost = events * 9 / 10;
+    let (lost, mut awaited) = (events * 9 / 10, 0);
     for event in 0..events {
         run.step();
-        if event == lost {
-            let effects = run.apply(Event::Gpu(GpuEvent::Lose(GpuId(0))));
-            assert!(effects.lost_gpus == [GpuId(0)] || run.core.gpus()[0].lost);
+        // At a time when somebody waits for it, if there is one.
+        let now = !run.core.gpus()[0].lost && event >= lost;
+        let now = now && (!run.awaited_from(GpuId(0)).is_empty() || event + 1 == events);
+        if now {
+            awaited += run.lose(GpuId(0));
         }
-        if event % AUDIT_EVERY == 0 || event == lost {
+        if event % AUDIT_EVERY == 0 || now {
             let audit = run.core.audit();
             audit.unwrap_or_else(|broken| panic!("{policy:?}, seed {seed}, after event {event}: {broken}"));
         }
@@ -397,7 +464,7 @@ fn history(policy: PolicyKind, seed: u64, events: u64, with_device: bool) -> Gpu
         sum.read_blocks += counters.read_blocks;
         sum.corrupt_blocks += counters.corrupt_blocks;
     }
-    sum
+    (sum, awaited)
 }
 
 #[test]
@@ -406,13 +473,16 @@ fn readers_find_their_blocks_whatever_copies_do() {
     let seed = number("CAIRN_CORE_SEED").unwrap_or_else(rand::random);
     let events = number("CAIRN_CORE_EVENTS").unwrap_or(DEFAULT_EVENTS);
     println!("CAIRN_CORE_SEED={seed}");
+    let mut awaited = 0;
     for policy in PolicyKind::ALL {
         for with_device in [false, true] {
-            let sum = history(policy, seed, events, with_device);
+            let (sum, waiting) = history(policy, seed, events, with_device);
+            awaited += waiting;
             println!("{policy:?}: {sum:?}");
             assert!(sum.promoted_blocks > events / 400, "the history must promote: {sum:?}");
             assert!(sum.dropped_blocks > 0 && sum.read_blocks > 10, "and read, and drop: {sum:?}");
             assert!(with_device || sum.demoted_blocks > 10, "and demote: {sum:?}");
         }
     }
+    assert!(awaited > 0, "nobody ever waited for a GPU that was lost");
 }

@@ -17,11 +17,15 @@ use cairn_proto::{BlockHash, Checksum, SpaceId};
 use cairn_transfer::store::{GpuChunk, GpuUuid, Location};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 /// The number of a chunk, as clients see it, has the GPU above this many bits.
 const CHUNK_BITS: u32 = 24;
+
+/// Host memory that the driver would not pin is tried again after this long.
+const REGISTER_AGAIN: Duration = Duration::from_secs(60);
 
 /// One GPU in service.
 struct Gpu {
@@ -30,6 +34,12 @@ struct Gpu {
     up: CudaStream,
     down: CudaStream,
     chunks: Vec<Chunk>,
+}
+
+/// What the driver said to a chunk of host memory.
+enum Registration {
+    Pinned(CudaShared),
+    Refused(Instant),
 }
 
 struct Chunk {
@@ -61,7 +71,7 @@ pub(crate) struct GpuTier {
     policy: String,
     max_in_flight_bytes: u64,
     /// Chunks of host memory that the driver knows. Held only to look and to set: the core's lock may be held beside it.
-    registered: Mutex<HashMap<u32, CudaShared>>,
+    registered: Mutex<HashMap<u32, Registration>>,
     /// Held while the driver pins one, which can take long.
     registering: Mutex<()>,
     /// Something may be to do.
@@ -190,36 +200,66 @@ impl GpuTier {
     }
 
     /// Host memory of a chunk is about to become other memory. Nothing copies from or to it any more; the driver may take its time to let go of
-    /// the old pages, and until it has, copies of the new ones do not start.
+    /// the old pages, and may not take the new ones until it has.
     pub(crate) fn forget(&self, chunk: u32) {
-        if let Some(memory) = self.registered().remove(&chunk) {
-            std::thread::spawn(move || drop(memory));
+        if let Some(Registration::Pinned(memory)) = self.registered().remove(&chunk) {
+            // Without a thread it takes its time here.
+            let letting_go = std::thread::Builder::new().name("cairn-gpu-unpin".into());
+            let _ = letting_go.spawn(move || drop(memory));
         }
     }
 
-    fn registered(&self) -> std::sync::MutexGuard<'_, HashMap<u32, CudaShared>> {
+    fn registered(&self) -> std::sync::MutexGuard<'_, HashMap<u32, Registration>> {
         self.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A host slot as copies name it. May block the thread for as long as pinning a chunk takes.
-    fn host(&self, gpu: &Gpu, slot: SlotId, bytes: u64) -> Result<Region<CudaDevice>, DeviceError> {
-        let known = || self.registered().get(&slot.chunk).cloned();
+    /// A host slot as copies name it; none where the driver does not take its memory. May block the thread for as long as pinning a chunk
+    /// takes.
+    fn host(&self, gpu: &Gpu, slot: SlotId, bytes: u64) -> Result<Option<Region<CudaDevice>>, DeviceError> {
+        // What is known of a chunk: its memory, or that there is none at present.
+        let known = || match self.registered().get(&slot.chunk) {
+            Some(Registration::Pinned(memory)) => Some(Some(memory.clone())),
+            Some(Registration::Refused(at)) if at.elapsed() < REGISTER_AGAIN => Some(None),
+            _ => None,
+        };
         let memory = match known() {
             Some(memory) => memory,
             None => {
                 let _one_at_a_time = self.registering.lock().unwrap_or_else(PoisonError::into_inner);
                 match known() {
                     Some(memory) => memory,
-                    None => {
-                        let memory = gpu.device.register(self.arena.map(slot.chunk), true)?;
-                        self.registered().insert(slot.chunk, memory.clone());
-                        memory
-                    }
+                    None => self.register(gpu, slot.chunk)?,
                 }
             }
         };
         let offset = self.arena.range(slot, bytes);
-        Ok(Region { buffer: Buffer::Pinned(memory), offset, bytes: bytes as usize })
+        Ok(memory.map(|memory| Region { buffer: Buffer::Pinned(memory), offset, bytes: bytes as usize }))
+    }
+
+    fn register(&self, gpu: &Gpu, chunk: u32) -> Result<Option<CudaShared>, DeviceError> {
+        match gpu.device.register(self.arena.map(chunk), true) {
+            Ok(memory) => {
+                self.registered().insert(chunk, Registration::Pinned(memory.clone()));
+                Ok(Some(memory))
+            }
+            Err(error @ DeviceError::Lost(_)) => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, chunk, "a chunk of host memory cannot be registered with the driver; its blocks are copied once more");
+                self.registered().insert(chunk, Registration::Refused(Instant::now()));
+                Ok(None)
+            }
+        }
+    }
+
+    /// A host slot that is only read, or a copy of it.
+    fn source(&self, gpu: &Gpu, slot: SlotId, bytes: u64) -> Result<Region<CudaDevice>, DeviceError> {
+        if let Some(region) = self.host(gpu, slot, bytes)? {
+            return Ok(region);
+        }
+        let mut lent = gpu.device.lend_pinned(bytes as usize)?;
+        // The copy that this is for keeps the slot as it is.
+        lent.as_mut().copy_from_slice(self.arena.bytes(slot, bytes, Arc::new(())).as_ref());
+        Ok(Region { buffer: Buffer::Pinned(gpu.device.share(lent)), offset: 0, bytes: bytes as usize })
     }
 
     fn on_gpu(&self, slot: GpuSlot, bytes: u64) -> Result<(&Gpu, Region<CudaDevice>), CopyError> {
@@ -244,7 +284,7 @@ impl GpuTier {
             let mut all = Vec::with_capacity(copies.len());
             for (from, to, bytes) in copies {
                 let (gpu, target) = tier.on_gpu(to, bytes)?;
-                let source = tier.host(gpu, from, bytes).map_err(CopyError::not_started)?;
+                let source = tier.source(gpu, from, bytes).map_err(CopyError::not_started)?;
                 all.push(Copy { source, target });
             }
             let gone = || CopyError::Lost(DeviceError::Lost("there is no such GPU".into()));
@@ -263,23 +303,32 @@ impl GpuTier {
         let (tier, bytes) = (self.clone(), block.bytes);
         let issue = move || {
             let (gpu, source) = tier.on_gpu(from, bytes)?;
-            let (target, lent) = match &memory {
-                Memory::Slot(writer) => (tier.host(gpu, writer.slot(), bytes), None),
-                _ => {
+            let straight = match &memory {
+                Memory::Slot(writer) => {
+                    tier.host(gpu, writer.slot(), bytes).map_err(CopyError::not_started)?
+                }
+                _ => None,
+            };
+            let (target, lent) = match straight {
+                Some(target) => (target, None),
+                None => {
                     let lent = gpu.device.lend_pinned(bytes as usize).map(|lent| gpu.device.share(lent));
                     let lent = lent.map_err(CopyError::not_started)?;
                     let buffer = Buffer::Pinned(lent.clone());
-                    (Ok(Region { buffer, offset: 0, bytes: bytes as usize }), Some(lent))
+                    (Region { buffer, offset: 0, bytes: bytes as usize }, Some(lent))
                 }
             };
-            let target = target.map_err(CopyError::not_started)?;
             Ok((issue(&gpu.down, vec![Copy { source, target }])?, lent, memory))
         };
         let (event, lent, mut memory) = blocking(issue).await.map_err(read_error)?;
         event.await.map_err(|error| read_error(CopyError::after(error)))?;
-        if let (Some(lent), Memory::Pages(pages)) = (lent, &mut memory) {
-            let gpu = &self.gpus[from.gpu.0 as usize];
-            pages.as_mut()[..bytes as usize].copy_from_slice(back(gpu, lent).await.as_ref());
+        if let Some(lent) = lent {
+            let lent = back(&self.gpus[from.gpu.0 as usize], lent).await;
+            match &mut memory {
+                Memory::Slot(writer) => writer.as_mut().copy_from_slice(lent.as_ref()),
+                Memory::Pages(pages) => pages.as_mut()[..bytes as usize].copy_from_slice(lent.as_ref()),
+                Memory::Block(_) => {}
+            }
         }
         let Promised { space, hash, checksum, .. } = *block;
         let verified = tokio::task::spawn_blocking(move || {
@@ -339,7 +388,7 @@ fn issue(stream: &CudaStream, copies: Vec<Copy<CudaDevice>>) -> Result<Event, Co
 }
 
 /// How long the last handle of a copy's memory may lag behind its event.
-const LETTING_GO: std::time::Duration = std::time::Duration::from_millis(1);
+const LETTING_GO: Duration = Duration::from_millis(1);
 
 async fn back(gpu: &Gpu, mut lent: CudaShared) -> <CudaDevice as Device>::PinnedBuffer {
     loop {

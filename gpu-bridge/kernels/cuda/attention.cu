@@ -288,7 +288,8 @@ __device__ __forceinline__ View view_of(const AttentionParams& p, const Tile& ti
 extern "C" __global__ void __launch_bounds__(128, 2) prefill(const AttentionParams p) {
     u32 lane = threadIdx.x % WARP, index = blockIdx.x * 4 + threadIdx.x / WARP, kv_head = blockIdx.y;
     if (index >= p.count) return;
-    Tile tile = ((const Tile*)p.tiles)[index];
+    // The last ones of a prompt see most: they begin first.
+    Tile tile = ((const Tile*)p.tiles)[p.count - 1 - index];
     Rows rows = rows_of(p, tile, kv_head, lane);
     View view = view_of(p, tile, kv_head);
     Queries queries = load_queries(rows.query[0], rows.query[1], lane);

@@ -61,8 +61,10 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const Sample
         return;
     }
     float max = logits[best], slope = 1.44269504f / settings[0];
-    float wanted = mass(logits, p.width, max, slope, 0.0f, partial) * fminf(fmaxf(settings[1], 0.0f), 1.0f);
-    u32 low = 0, high = 0x3f800000u;  // 0 and 1: the largest weight is 1
+    bool all = settings[1] >= 1.0f;
+    float wanted = all ? 0.0f : mass(logits, p.width, max, slope, 0.0f, partial) * fmaxf(settings[1], 0.0f);
+    // 0 and 1: the largest weight is 1. Where all are in play that is every normal number.
+    u32 low = all ? 0x00800000u : 0u, high = all ? low + 1 : 0x3f800000u;
     while (high - low > 1) {
         u32 middle = low + (high - low) / 2;
         if (mass(logits, p.width, max, slope, __uint_as_float(middle), partial) >= wanted) low = middle;

@@ -184,13 +184,16 @@ impl Program {
     }
 
     /// Registers that a thread of a kernel may use. Two blocks of attention must fit beside each other on a multiprocessor, and at least three of
-    /// what moves memory, or too few loads are in flight. The attention without tensor cores is for comparing, not for speed.
+    /// what moves memory, or too few loads are in flight; of what moves eight or 32 bits a number less is enough. The attention
+    /// without tensor cores is for comparing, not for speed.
     pub fn register_budget(&self, kernel: &str) -> u32 {
-        let plain = self.definitions.iter().any(|definition| definition == "PLAIN");
+        let has = |name: &str| self.definitions.iter().any(|definition| definition == name);
         match kernel {
-            "prefill" | "decode" if plain => 255,
+            "prefill" | "decode" if has("PLAIN") => 255,
             "prefill" | "decode" => 240,
-            "scatter" | "gather" => 168,
+            "scatter" | "gather" if has("WIRE=E4m3") => 168,
+            "scatter" | "gather" if has("WIRE=F32") => 112,
+            "scatter" | "gather" => 84,
             // One warp for each block: what counts is how many of its sums are on their way.
             "checksum_chain" => 96,
             _ => 64,

@@ -1,6 +1,6 @@
 //! The way between an engine and the cache: loads and publishes run here, on tokio, while the engine computes.
 
-use crate::compute::{Gathered, LoadedBlocks, Near, NearBlocks, Stager, Staging};
+use crate::compute::{Gathered, LoadedBlocks, NearBlocks, NearRoom, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
 use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, View, WireKind};
@@ -222,8 +222,9 @@ impl Share {
 
     /// Blocks up to `end` of the run where the server has them, verified; what is not in place is none.
     async fn view(&self, run: &Run, job: &LoadJob, end: usize, loaded: &mut Loaded) {
-        let near = job.stager.near().cloned();
-        let gpus = near.as_ref().map(Near::gpus).unwrap_or_default();
+        let bytes = (end - job.first) * self.space.block_bytes() as usize;
+        let near = job.stager.near().and_then(|near| near.room(bytes));
+        let gpus = near.as_ref().map(NearRoom::gpus).unwrap_or_default();
         let view = self.client.fetch_view_near(run, job.first, end - job.first, &gpus).await;
         let verified = match self.verify(near, view).await {
             Some(verified) => Some(verified),
@@ -240,7 +241,7 @@ impl Share {
     }
 
     /// Verifies a view up to its first block that is not right, with copies of those on a GPU; none when they could not be copied.
-    async fn verify(&self, near: Option<Near>, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
+    async fn verify(&self, near: Option<NearRoom>, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
         let block_bytes = self.space.block_bytes() as usize;
         // Verifying reads every byte once.
         let verified = tokio::task::spawn_blocking(move || {

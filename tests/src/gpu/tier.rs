@@ -59,6 +59,7 @@ pub fn check(device: &CudaDevice, compute: &ComputeDevice, child: &[&str], seed:
         others(&client, device).await;
         println!("GPU tier: {:?}", gpu_stats(&client).await);
         remote.end();
+        readers_only(device, child).await;
         println!("GPU tier: blocks go there and back, between processes, and what is wrong there is noticed");
     });
 }
@@ -189,6 +190,38 @@ async fn others(client: &CacheClient, device: &CudaDevice) {
     let resident = found.outcomes.iter().filter(|outcome| outcome.is_hit()).count();
     assert!(resident > 0, "what made room on the GPU is in host memory: {:?}", found.outcomes);
     assert_eq!(crate::fetch_verified(client, &space, &kept).await, resident);
+}
+
+/// Whoever opens the memory of a GPU can write there: who may only read gets its blocks another way.
+async fn readers_only(device: &CudaDevice, child: &[&str]) {
+    let token = |rights: &str, token: &str| {
+        let hash = cairn_server::certs::token_hash(token);
+        format!("[[token]]\ntenant = \"t\"\nrights = [{rights}]\nblake3 = \"{hash}\"\n")
+    };
+    let tokens = token("\"read\", \"publish\", \"admin\"", "writes") + &token("\"read\"", "reads");
+    let remote = Remote::start(child, &(config() + &tokens), &[]);
+    let client = |token: &str| {
+        let mut options = remote.options();
+        options.security.token = Some(token.into());
+        CacheClient::start(options).expect("a client")
+    };
+    let (writer, reader) = (client("writes"), client("reads"));
+    let space = space_with("t", Layout::new(3, 2, 64, 16).expect("a layout"));
+    let names = hashes(&space, 1, 10);
+    promote(&writer, device, &space, &names).await;
+    until(&writer, "all is on the GPU", |gpu| gpu.resident_blocks == names.len() as u64).await;
+    let gpus = [device.info().uuid];
+    let (may, may_not) =
+        (view(&writer, &space, &names, &gpus).await, view(&reader, &space, &names, &gpus).await);
+    for (index, name) in names.iter().enumerate() {
+        assert!(may.on_gpu(index).is_some(), "block {index}, for who may publish");
+        assert!(may_not.on_gpu(index).is_none(), "block {index}, for who may only read");
+        let block = may_not.block(index).unwrap_or_else(|outcome| panic!("block {index}: {outcome}"));
+        assert!(block == payload(&space, name), "block {index}");
+    }
+    drop((may, may_not, writer, reader));
+    remote.end();
+    println!("GPU tier: who may only read cannot open the GPU's memory, and reads all the same");
 }
 
 /// A GPU that is lost takes its tier along, and nothing else. Only for the emulator.

@@ -3,7 +3,7 @@
 use super::MAX_OFFERS;
 use super::fds::FdStream;
 use crate::Arrivals;
-use crate::frame::{Link, kind};
+use crate::frame::{Link, kind, nonsense};
 use crate::handshake;
 use crate::located::{self, Bring, Located, MAX_CHUNKS, number, offset, told};
 use crate::map::Map;
@@ -264,10 +264,10 @@ impl Inner {
                 let opened: pb::OpenedChunk = connection.link.answer().await?.of_kind(kind::OPENED)?;
                 let (handle, gpu) = (opened.handle.as_ref().try_into(), opened.gpu.as_ref().try_into());
                 let (Ok(handle), Ok(gpu)) = (handle, gpu) else {
-                    return Err(Status::internal("a chunk of a GPU without its handle"));
+                    return Err(nonsense("a chunk of a GPU without its handle"));
                 };
                 if opened.chunk != *wanted {
-                    return Err(Status::internal("another chunk of a GPU than was asked for"));
+                    return Err(nonsense("another chunk of a GPU than was asked for"));
                 }
                 let chunk = GpuChunk { handle, bytes: opened.bytes, gpu };
                 self.known_gpu_chunks().insert(*wanted, Arc::new(chunk));

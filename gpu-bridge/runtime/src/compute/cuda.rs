@@ -49,7 +49,7 @@ pub(crate) struct CudaCompute {
     /// Slots that are being read, by the event after which they are not.
     leaving: HashMap<Slot, Event>,
     /// Mappings of the cache server's memory that copies read, by their address.
-    registered: HashMap<usize, CudaShared>,
+    registered: HashMap<usize, Option<CudaShared>>,
     /// The way to the cache server's memory on GPUs.
     near: Option<Near>,
     /// Blocks that the last pass completed, by their slots.
@@ -262,21 +262,19 @@ impl CudaCompute {
     /// A mapping of the cache server's memory, registered with the device; none if that cannot be.
     fn registered(&mut self, map: &Arc<MmapRaw>) -> Option<CudaShared> {
         let address = map.as_ptr().addr();
-        if let Some(memory) = self.registered.get(&address) {
-            return Some(memory.clone());
+        if let Some(known) = self.registered.get(&address) {
+            return known.clone();
         }
         if self.registered.len() >= REGISTERED
             && let Some(any) = self.registered.keys().next().copied()
         {
             self.registered.remove(&any);
         }
-        match self.device.register(map.clone(), false) {
-            Ok(memory) => Some(self.registered.entry(address).or_insert(memory).clone()),
-            Err(error) => {
-                tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
-                None
-            }
-        }
+        let registered = self.device.register(map.clone(), false).inspect_err(|error| {
+            tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
+        });
+        // A refusal is remembered, too: asking again for every block would take long.
+        self.registered.entry(address).or_insert(registered.ok()).clone()
     }
 
     /// Issues the moves, layer by layer. Until the device has read them the blocks of `view` stay as they are.

@@ -15,7 +15,7 @@ use cairn_kernels::KvType;
 use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, Program, SampleSetting, WireType};
 use cuda::CudaCompute;
 use host::HostCompute;
-pub(crate) use near::{Near, NearBlocks};
+pub(crate) use near::{Near, NearBlocks, NearRoom};
 use std::sync::Arc;
 
 /// Where a worker computes.

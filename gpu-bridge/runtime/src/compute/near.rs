@@ -8,9 +8,15 @@ use cairn_proto::Checksum;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes of one load's copies, and of memory for them that is kept from one load to the next. A longer run comes by way of host memory.
-const MOST_BYTES: usize = 1 << 30;
+/// Bytes of all copies at a time, and of memory for them that is kept from one load to the next: this part of the device's, but no less than
+/// [`LEAST_BYTES`]. What does not fit comes by way of host memory.
+const PART: usize = 64;
+const LEAST_BYTES: usize = 1 << 30;
+
+/// Room is counted in these.
+const ROOM_UNIT: usize = 1 << 12;
 
 /// After a GPU's memory could not be opened it is tried again after this long.
 const TRY_AGAIN: Duration = Duration::from_secs(60);
@@ -32,14 +38,23 @@ struct Inner {
     stream: CudaStream,
     checksums: Checksums,
     opened: Mutex<Opened>,
+    most_bytes: usize,
+    room: Arc<Semaphore>,
     kept: Mutex<Vec<CudaMemory>>,
     /// GPUs whose memory could not be opened, and when.
     failed: Mutex<HashMap<GpuUuid, Instant>>,
 }
 
+/// Room for the copies of one load.
+pub(crate) struct NearRoom {
+    near: Near,
+    permit: OwnedSemaphorePermit,
+}
+
 /// Verified copies of blocks of a view.
 pub(crate) struct NearBlocks {
     near: Near,
+    _room: OwnedSemaphorePermit,
     memory: Option<CudaMemory>,
     /// Where each block of the view begins in the memory, if it is there and right.
     places: Vec<Option<usize>>,
@@ -61,9 +76,10 @@ impl Drop for NearBlocks {
     fn drop(&mut self) {
         let mut kept = lock(&self.near.0.kept);
         let bytes: usize = kept.iter().map(CudaMemory::len).sum();
-        if bytes + self.memory.as_ref().map_or(0, CudaMemory::len) <= MOST_BYTES {
+        if bytes + self.memory.as_ref().map_or(0, CudaMemory::len) <= self.near.0.most_bytes {
             kept.extend(self.memory.take());
         }
+        // What does not fit is freed without the lock: the driver may wait for the device.
     }
 }
 
@@ -72,6 +88,7 @@ impl Near {
     /// When the device has no stream or no kernels for it.
     pub(super) fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
         let info = device.info();
+        let most_bytes = (info.memory_bytes / PART).max(LEAST_BYTES);
         let all = probe().unwrap_or_default();
         let peers = all.iter().filter(|other| info.peers.contains(&other.ordinal)).map(|other| other.uuid);
         let inner = Arc::new(Inner {
@@ -80,6 +97,8 @@ impl Near {
             stream: device.stream(Priority::Foreground)?,
             checksums: Checksums::load(device)?,
             opened: Mutex::default(),
+            most_bytes,
+            room: Arc::new(Semaphore::new(most_bytes / ROOM_UNIT)),
             kept: Mutex::default(),
             failed: Mutex::default(),
         });
@@ -91,27 +110,48 @@ impl Near {
         Ok(Self(inner))
     }
 
+    /// Room for copies of so many bytes, if there is any at present: asked for before the server is asked where blocks are, because what is
+    /// not copied from a GPU has to be asked for anew.
+    pub(crate) fn room(&self, bytes: usize) -> Option<NearRoom> {
+        let units = u32::try_from(bytes.div_ceil(ROOM_UNIT)).ok()?;
+        let permit = self.0.room.clone().try_acquire_many_owned(units).ok()?;
+        Some(NearRoom { near: self.clone(), permit })
+    }
+}
+
+impl NearRoom {
     /// GPUs whose memory can be opened here, as far as is known.
     pub(crate) fn gpus(&self) -> Vec<GpuUuid> {
-        let failed = lock(&self.0.failed);
-        let usable = |gpu: &&GpuUuid| failed.get(*gpu).is_none_or(|at| at.elapsed() > TRY_AGAIN);
-        self.0.gpus.iter().filter(usable).copied().collect()
+        self.near.gpus()
     }
 
     /// Copies the blocks of a view that are on GPUs, and verifies the copies; the view knows which are right. Blocks the thread.
     ///
     /// # Errors
     /// When the memory cannot be opened or copied: the blocks have to come another way.
-    pub(crate) fn copy(&self, view: &View, block_bytes: usize) -> Result<NearBlocks, DeviceError> {
-        let mut blocks = NearBlocks { near: self.clone(), memory: None, places: vec![None; view.len()] };
+    pub(crate) fn copy(self, view: &View, block_bytes: usize) -> Result<NearBlocks, DeviceError> {
+        let Self { near, permit } = self;
+        let places = vec![None; view.len()];
+        let mut blocks = NearBlocks { near: near.clone(), _room: permit, memory: None, places };
+        near.fill(&mut blocks, view, block_bytes)?;
+        Ok(blocks)
+    }
+}
+
+impl Near {
+    /// GPUs whose memory can be opened here, as far as is known.
+    fn gpus(&self) -> Vec<GpuUuid> {
+        let failed = lock(&self.0.failed);
+        let usable = |gpu: &&GpuUuid| failed.get(*gpu).is_none_or(|at| at.elapsed() > TRY_AGAIN);
+        self.0.gpus.iter().filter(usable).copied().collect()
+    }
+
+    fn fill(&self, blocks: &mut NearBlocks, view: &View, block_bytes: usize) -> Result<(), DeviceError> {
         let places: Vec<_> = (0..view.len()).filter_map(|index| Some((index, view.on_gpu(index)?))).collect();
         if places.is_empty() {
-            return Ok(blocks);
+            return Ok(());
         }
         let bytes = places.len() * block_bytes;
-        if bytes > MOST_BYTES {
-            return Err(DeviceError::OutOfMemory { bytes });
-        }
         let memory = self.memory(bytes)?;
         let mut copies = Vec::with_capacity(places.len());
         let mut seeds = Vec::with_capacity(places.len());
@@ -131,20 +171,20 @@ impl Near {
             blocks.places[*index] = right.then_some(i * block_bytes);
         }
         blocks.memory = Some(memory);
-        Ok(blocks)
+        Ok(())
     }
 
     fn memory(&self, bytes: usize) -> Result<CudaMemory, DeviceError> {
-        let mut kept = lock(&self.0.kept);
-        let fits = kept.iter().position(|memory| memory.len() >= bytes);
-        match fits {
-            Some(fits) => Ok(kept.swap_remove(fits)),
-            None => {
-                // Too small ones make room.
-                kept.clear();
-                self.0.device.allocate(bytes)
+        let too_small = {
+            let mut kept = lock(&self.0.kept);
+            match kept.iter().position(|memory| memory.len() >= bytes) {
+                Some(fits) => return Ok(kept.swap_remove(fits)),
+                None => std::mem::take(&mut *kept),
             }
-        }
+        };
+        // They make room; without the lock, because the driver may wait for the device before it frees anything.
+        drop(too_small);
+        self.0.device.allocate(bytes)
     }
 
     fn open(&self, chunk: &Arc<GpuChunk>) -> Result<CudaMemory, DeviceError> {

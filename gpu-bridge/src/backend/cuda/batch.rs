@@ -48,7 +48,16 @@ pub struct Plan {
     decode: Range<usize>,
     /// Splits of the longest context of a row that is alone in its tile.
     splits: usize,
+    /// Whether each row is a sequence.
+    answers: bool,
 }
+
+/// So few rows of one sequence are computed each by itself, with its context spread over the device, where that is long: one tile would leave
+/// most of the device idle. Beyond that reading the context once for all of them is better.
+const SPREAD_ROWS: usize = 8;
+
+/// The shortest context that is worth it.
+const SPREAD_FROM: usize = 4 * SPLIT_KEYS;
 
 const TILE_WORDS: usize = size_of::<Tile>() / 4;
 
@@ -92,17 +101,23 @@ impl Plan {
         let (mut tables, mut starts) = (Vec::new(), Vec::new());
         // A row alone has too little work for one warp a head: its context is spread.
         let (mut alone, mut together) = (Vec::new(), Vec::new());
+        let mut answers = true;
         for sequence in sequences(rows) {
             let first = &rows[sequence.start];
             if let Some(slot) = first.slots.iter().find(|slot| slot.0 as usize >= limits.slots) {
                 return wrong(format!("slot {} of {}", slot.0, limits.slots));
             }
-            let tiles = if sequence.len() == 1 { &mut alone } else { &mut together };
+            answers &= sequence.len() == 1;
+            let few = sequence.len() <= SPREAD_ROWS && first.position >= SPREAD_FROM;
+            let (tiles, tile_rows) = match sequence.len() == 1 || few {
+                true => (&mut alone, 1),
+                false => (&mut together, shape.tile_rows()),
+            };
             let start = tables.len() as u32;
             tables.extend(first.slots.iter().map(|slot| slot.0));
             starts.resize(sequence.end, start);
-            for first_row in sequence.clone().step_by(shape.tile_rows()) {
-                let count = shape.tile_rows().min(sequence.end - first_row);
+            for first_row in sequence.clone().step_by(tile_rows) {
+                let count = tile_rows.min(sequence.end - first_row);
                 let first_position = rows[first_row].position as u32;
                 tiles.push(Tile { first_row: first_row as u32, rows: count as u32, start, first_position });
             }
@@ -123,6 +138,7 @@ impl Plan {
             tables: section(&mut tables.into_iter()),
             words,
             splits: longest.div_ceil(SPLIT_KEYS),
+            answers,
         })
     }
 
@@ -279,9 +295,9 @@ impl Plan {
         self
     }
 
-    /// Whether each row is alone in its tile.
+    /// Whether each row is a sequence.
     pub(super) fn is_decode(&self) -> bool {
-        self.prefill.is_empty()
+        self.answers
     }
 
     pub(super) fn shape(&self) -> &HeadShape {

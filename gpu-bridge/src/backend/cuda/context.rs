@@ -172,12 +172,13 @@ fn describe(ordinal: c_int, count: c_int) -> Result<CudaInfo, DeviceError> {
     })
 }
 
-/// Registered host memory is used under its host address, so the device must do that at all.
+fn same_addresses(device: sys::CUdevice) -> Result<bool, DeviceError> {
+    let same = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
+    Ok(attribute(same, device)? != 0)
+}
+
 fn read_only(device: sys::CUdevice) -> Result<ReadOnly, DeviceError> {
     use sys::CUdevice_attribute::*;
-    if attribute(CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, device)? == 0 {
-        return Ok(ReadOnly::No);
-    }
     if attribute(CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, device)? != 0 {
         return Ok(ReadOnly::Flag);
     }
@@ -213,6 +214,8 @@ pub(super) struct Context {
     pub(super) batched_copies: bool,
     /// How mappings that cannot be written are registered.
     pub(super) read_only: ReadOnly,
+    /// Whether registered host memory is used under its host address.
+    pub(super) same_addresses: bool,
     /// Pinned memory that is free, by its size.
     pinned: Mutex<Pinned>,
 }
@@ -227,6 +230,9 @@ pub(super) enum ReadOnly {
     /// Not at all.
     No,
 }
+
+/// Set, it makes the device copy block by block, to tell whether a driver's batches are to blame for something.
+const ONE_BY_ONE: &str = "CAIRN_CUDA_ONE_BY_ONE";
 
 /// Bytes of free pinned memory that are kept.
 const FREE_PINNED_BYTES: usize = 1 << 30;
@@ -254,8 +260,10 @@ impl Context {
         check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) })?;
         let setup = std::ptr::null_mut();
         let (priorities, batched_copies, pinned) = ((0, 0), false, Mutex::default());
-        let read_only = read_only(device)?;
-        let mut context = Self { info, raw, device, setup, priorities, batched_copies, read_only, pinned };
+        let same_addresses = same_addresses(device)?;
+        let read_only = if same_addresses { read_only(device)? } else { ReadOnly::No };
+        let mut context =
+            Self { info, raw, device, setup, priorities, batched_copies, read_only, same_addresses, pinned };
         context.enter()?;
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: two numbers are written.
@@ -268,7 +276,8 @@ impl Context {
         check("cuStreamCreate", unsafe {
             sys::cuStreamCreateWithPriority(&mut context.setup, flags, greatest)
         })?;
-        context.batched_copies = has_call(b"cuMemcpyBatchAsync_v2\0");
+        let wanted = std::env::var_os(ONE_BY_ONE).is_none();
+        context.batched_copies = wanted && has_call(b"cuMemcpyBatchAsync_v2\0");
         Ok(Arc::new(context))
     }
 

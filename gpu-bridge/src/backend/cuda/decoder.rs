@@ -20,7 +20,7 @@ use std::sync::Arc;
 const GRAPH_ROWS: usize = 64;
 
 /// Graphs that are kept: each is a few hundred launches.
-const GRAPHS: usize = 32;
+const GRAPHS: usize = 64;
 
 /// Everything about a model that its kernels do not know.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -56,9 +56,13 @@ impl Completion {
     /// Waits, lets go, and says so: whoever hears of it finds that nothing is kept for it any more.
     fn finish(mut self) {
         let outcome = self.event.wait();
-        drop(self.kept.take());
+        let kept = self.kept.take();
+        let let_go = std::panic::catch_unwind(AssertUnwindSafe(|| drop(kept)));
         if let Some(event) = self.notify.take() {
             event.complete(outcome);
+        }
+        if let Err(panic) = let_go {
+            std::panic::resume_unwind(panic);
         }
     }
 }

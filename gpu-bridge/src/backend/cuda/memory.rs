@@ -145,9 +145,16 @@ impl CudaMemory {
         let opened =
             Area { context: context.clone(), address, bytes, capacity: bytes, origin: Origin::Opened };
         // SAFETY: the address is of memory that was just opened; two numbers are written.
-        check("cuMemGetAddressRange", unsafe {
-            sys::cuMemGetAddressRange_v2(&mut base, &mut size, address)
-        })?;
+        let code = unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut size, address) };
+        use sys::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_FOUND};
+        if [CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_FOUND].contains(&code) {
+            tracing::warn!(
+                bytes,
+                "the driver does not say how large opened memory is; whoever gave it out is believed"
+            );
+            return Ok(Self(Arc::new(opened)));
+        }
+        check("cuMemGetAddressRange", code)?;
         let end = (address.saturating_sub(base) as usize).saturating_add(bytes);
         if end > size {
             return Err(DeviceError::OutOfBounds { offset: 0, end, len: size });
@@ -265,6 +272,11 @@ impl CudaShared {
         map: Arc<MmapRaw>,
         writable: bool,
     ) -> Result<Self, DeviceError> {
+        if !context.same_addresses {
+            let text =
+                "the device knows host memory by other addresses than the host, so copies cannot go straight";
+            return Err(DeviceError::Failed(text.into()));
+        }
         context.enter()?;
         let mut flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
         match (writable, context.read_only) {
@@ -279,7 +291,12 @@ impl CudaShared {
         let (pointer, bytes) = (map.as_mut_ptr().cast::<c_void>(), map.len());
         // SAFETY: mapped as long as `map`, which is kept with the registration; it gives out pointers only, so no reference covers what copies
         // write. A mapping that cannot be written is refused by the driver unless it is registered as such.
-        check("cuMemHostRegister", unsafe { sys::cuMemHostRegister_v2(pointer, bytes, flags) })?;
+        let code = unsafe { sys::cuMemHostRegister_v2(pointer, bytes, flags) };
+        if code == sys::CUresult::CUDA_ERROR_UNKNOWN {
+            // Here it is the operating system that refused, not the end of the device.
+            return Err(DeviceError::Failed("cuMemHostRegister: the system does not pin this memory".into()));
+        }
+        check("cuMemHostRegister", code)?;
         let (address, origin) = (pointer as u64, Origin::Registered { writable, _map: map });
         Ok(Self(Arc::new(Area { context: context.clone(), address, bytes, capacity: bytes, origin })))
     }

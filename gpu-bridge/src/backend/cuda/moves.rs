@@ -15,6 +15,10 @@ const MOVES_PER_LAUNCH: usize = 4096;
 /// Blocks of a launch that moves KV: each of its warps takes tasks until none is left.
 const MOVE_BLOCKS: u32 = 2048;
 
+/// The same where one side is host memory. Each has 32 KiB on its way, so these keep any bus busy; more would wait for it on every
+/// multiprocessor, where the layers that are computed meanwhile want to be.
+const HOST_MOVE_BLOCKS: u32 = 32;
+
 /// Where the moves of one launch are written before and while it runs.
 pub(super) struct Descriptors {
     host: CudaPinned,
@@ -105,7 +109,8 @@ impl CudaStream {
                 padding: 0,
             };
             let tasks = part.len() * layers.len() * 2 * shape.kv_heads;
-            let blocks = (tasks.div_ceil(8) as u32).min(MOVE_BLOCKS);
+            let most = if matches!(staging, Buffer::Pinned(_)) { HOST_MOVE_BLOCKS } else { MOVE_BLOCKS };
+            let blocks = (tasks.div_ceil(8) as u32).min(most);
             let copied = self.copy_spans(&[Span::new(source, target, bytes.len())]);
             // SAFETY: every block was checked to lie inside the staging memory and the pool; all of it is kept.
             let launched = copied.and_then(|()| unsafe { self.launch(kernel, [blocks, 1, 1], 256, &params) });

@@ -23,6 +23,9 @@ const EVENTS_AHEAD: usize = 4096;
 /// Things that are kept for work before an event is recorded for their sake alone.
 const KEPT_AHEAD: usize = 1024;
 
+/// Copies of one call to the driver: some have failed to end with tens of thousands.
+const MAX_BATCH: usize = 1024;
+
 /// Something that work in flight needs.
 pub(super) type Kept = Box<dyn Any + Send>;
 
@@ -256,10 +259,15 @@ impl CudaStream {
 
     pub(super) fn copy_spans(&self, spans: &[Span]) -> Result<(), DeviceError> {
         self.enter()?;
-        if spans.len() > 1 && self.raw.context.batched_copies && self.copy_batch(spans)? {
-            return Ok(());
+        let mut rest = spans;
+        while rest.len() > 1 && self.raw.context.batched_copies {
+            let (batch, after) = rest.split_at(rest.len().min(MAX_BATCH));
+            if !self.copy_batch(batch)? {
+                break;
+            }
+            rest = after;
         }
-        for span in spans {
+        for span in rest {
             // SAFETY: the regions were checked; what they are part of is kept.
             check("cuMemcpyAsync", unsafe {
                 sys::cuMemcpyAsync(span.target, span.source, span.bytes, self.raw.raw)
