@@ -14,8 +14,9 @@ fn main() {
     for file in FILES {
         println!("cargo:rerun-if-changed={file}");
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let descriptors = protox::compile(FILES, [root]).expect("the .proto files of this package compile");
+    // Cargo runs this in the package's folder, wherever it was built.
+    let descriptors =
+        protox::compile(FILES, [Path::new(".")]).expect("the .proto files of this package compile");
     tonic_prost_build::configure()
         .bytes(".")
         .compile_fds(descriptors)

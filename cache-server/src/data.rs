@@ -7,7 +7,7 @@ use cairn_core::{CommitOutcome, Event, GpuEvent, LeaseId, ReservationId, Session
 use cairn_proto::{BlockHash, Checksum, SpaceId, pb};
 use cairn_transfer::WireKind;
 use cairn_transfer::store::{
-    ChunkMemory, Filling, GpuChunk, GpuUuid, Hold, Limits, Owner, Reading, SessionKey, Slot, Store,
+    ChunkMemory, Filling, GpuChunk, Hold, Limits, Owner, Reach, Reading, SessionKey, Slot, Store,
 };
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
@@ -64,19 +64,21 @@ impl Store for Context {
         session: u64,
         lease: u64,
         (first, count): (usize, usize),
-        gpus: &[GpuUuid],
+        reach: Reach<'_>,
     ) -> Result<Reading, Status> {
         let identity = self.sessions.find(session)?.identity.clone();
         identity.require(Right::Read)?;
         let mut read = fetch::begin(self, (SessionId(session), LeaseId(lease)), first, count)?;
         let (mut on_gpu, block_bytes) = (Vec::new(), read.block_bytes());
         // Who opens the memory of a GPU can write there.
-        if self.engine.gpus().reaches(gpus) && identity.require(Right::Publish).is_ok() {
+        if self.engine.gpus().reaches(reach.gpus) && identity.require(Right::Publish).is_ok() {
             // Refused only if the lease ended since: then there is nothing to want.
             let (session, lease) = (SessionId(session), LeaseId(lease));
             self.engine.apply(Event::Gpu(GpuEvent::Want { session, lease, first, count })).ok();
+            let wanted = first..first + reach.blocks.min(count);
             read.blocks.retain(|block| {
-                let place = block.gpu.and_then(|slot| self.engine.gpus().location(slot, gpus));
+                let slot = block.gpu.filter(|_| wanted.contains(&(block.position as usize)));
+                let place = slot.and_then(|slot| self.engine.gpus().location(slot, reach.gpus));
                 on_gpu.extend(place.map(|place| (block.position, place)));
                 place.is_none()
             });

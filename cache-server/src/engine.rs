@@ -131,6 +131,7 @@ impl Engine {
             let device = self.gpus.info(gpu).ordinal;
             tracing::error!(device, "a GPU is out of service; blocks that were only there are missed");
             // Whoever waits for what comes from there gets it from elsewhere now, or hears that it is lost.
+            self.gpus.gone(gpu).cancel();
             self.arrived();
         }
         if works {
@@ -211,7 +212,11 @@ impl Engine {
                     let memory = Memory::Slot(self.arena.writer(slot, record.block_bytes, guard.clone()));
                     let read = self.tasks.spawn(self.clone().promote(guard, record, from, memory));
                     // A reader that goes away leaves the move to its end: the next one finds the block in memory.
-                    if let Ok(Err(error)) = read.await
+                    let read = tokio::select! {
+                        read = read => read,
+                        () = self.lost(&from) => continue,
+                    };
+                    if let Ok(Err(error)) = read
                         && is_no_room(&error)
                     {
                         return Err(MissReason::DeviceLost);
@@ -226,8 +231,13 @@ impl Engine {
                         let _ = self.through.acquire_many(mib).await;
                         continue;
                     };
-                    let read = self.tasks.spawn(self.clone().read_through((guard, room), record, from));
-                    match read.await {
+                    let read = self.clone().read_through((guard, room), record, from);
+                    let read = self.tasks.spawn(read);
+                    let read = tokio::select! {
+                        read = read => read,
+                        () = self.lost(&from) => continue,
+                    };
+                    match read {
                         Ok(Ok(bytes)) => return Ok(Brought { bytes, location: None }),
                         // A device may have it, too: the copy on the GPU is out of the way.
                         Ok(Err(error)) if matches!(from, Origin::Gpu(_)) && !is_no_room(&error) => {}
@@ -301,6 +311,14 @@ impl Engine {
     /// The tier in the memory of GPUs.
     pub(crate) fn gpus(&self) -> &Arc<GpuTier> {
         &self.gpus
+    }
+
+    /// Waits until what comes from there may never come.
+    async fn lost(&self, from: &Origin) {
+        match from {
+            Origin::Gpu(slot) => self.gpus.gone(slot.gpu).cancelled().await,
+            Origin::Disk(_) => std::future::pending().await,
+        }
     }
 
     /// A block arrived from a device or a GPU, or did not: whoever waits for it looks again.

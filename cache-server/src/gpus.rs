@@ -71,7 +71,7 @@ pub(crate) async fn run(engine: Arc<Engine>) {
             () = going.next(), if !going.room.is_empty() => {}
         }
     }
-    while !going.room.is_empty() {
+    while going.taken(&engine.inspect(cairn_core::Core::gpus)).0 > 0 {
         going.next().await;
     }
 }

@@ -18,7 +18,7 @@ mod read;
 mod view;
 mod wires;
 
-pub use cairn_transfer::store::{GpuChunk, GpuUuid};
+pub use cairn_transfer::store::{GpuChunk, GpuUuid, Reach};
 pub use cairn_transfer::{HAS_RDMA, QuicOptions, WireKind, rdma_addresses};
 pub use client::{CacheClient, ClientError};
 pub use fetch::Fetched;

@@ -8,13 +8,18 @@ use crate::lease::Lease;
 use crate::lookup::Run;
 use cairn_proto::{BlockHash, Checksum, MissReason, Outcome, SpaceId, Tier};
 use cairn_transfer::shm::Pinned;
-use cairn_transfer::store::{GpuChunk, GpuUuid};
+use cairn_transfer::store::{GpuChunk, Reach};
 use cairn_transfer::{FetchJob, WireKind};
 use memmap2::MmapRaw;
 use std::sync::Arc;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::time::Instant;
 use tonic::Status;
+
+/// Bytes to verify for which it is worth it to start one more thread, and the most threads.
+const BYTES_PER_THREAD: usize = 8 << 20;
+const MAX_THREADS: usize = 8;
 
 enum Bytes {
     Pinned(Pinned),
@@ -59,6 +64,40 @@ impl View {
             Outcome::Hit(_) => self.bytes(index).map_err(Outcome::Miss),
             outcome => Err(*outcome),
         }
+    }
+
+    /// Verifies the blocks up to the first that is not right, on several threads where there is much to read, and says how many are. A block on
+    /// a GPU is right if [`Self::accept`] said so before. Blocks the thread.
+    pub fn verify_all(&self) -> usize {
+        let right = |index: usize| match self.on_gpu(index) {
+            Some(_) => matches!(self.outcomes[index].get(), Some(Outcome::Hit(_))),
+            None => self.block(index).is_ok(),
+        };
+        let block_bytes = (0..self.len()).find_map(|index| Some(self.bytes(index).ok()?.len()));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let worth_it = block_bytes.unwrap_or(0) * self.len() / BYTES_PER_THREAD;
+        let threads = worth_it.min(cores).min(MAX_THREADS);
+        if threads > 1 {
+            // What one thread has found wrong nobody looks beyond.
+            let next = AtomicUsize::new(0);
+            let work = || loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= self.len() {
+                    return;
+                }
+                if !right(index) {
+                    next.store(self.len(), Ordering::Relaxed);
+                }
+            };
+            std::thread::scope(|scope| {
+                for _ in 1..threads {
+                    // Without a thread the others do its part.
+                    let _ = std::thread::Builder::new().name("cairn-verify".into()).spawn_scoped(scope, work);
+                }
+                work();
+            });
+        }
+        (0..self.len()).take_while(|index| right(*index)).count()
     }
 
     /// The mapping in which the `index`-th block lies, and where its bytes begin there, if it is in place: for letting a device read it. Its
@@ -134,15 +173,15 @@ impl CacheClient {
     /// # Panics
     /// When the positions are outside the run.
     pub async fn fetch_view(&self, run: &Run, first: usize, count: usize) -> View {
-        self.fetch_view_near(run, first, count, &[]).await
+        self.fetch_view_near(run, first, count, Reach::default()).await
     }
 
-    /// As [`Self::fetch_view`], for callers that can open the memory of GPUs: blocks that are there stay there, see [`View::on_gpu`]; those in
-    /// host memory are copied to a GPU for the next reader.
+    /// As [`Self::fetch_view`], for callers that can open the memory of GPUs: of the first `reach.blocks`, those that are there stay there, see
+    /// [`View::on_gpu`]; those in host memory are copied to a GPU for the next reader.
     ///
     /// # Panics
     /// When the positions are outside the run.
-    pub async fn fetch_view_near(&self, run: &Run, first: usize, count: usize, gpus: &[GpuUuid]) -> View {
+    pub async fn fetch_view_near(&self, run: &Run, first: usize, count: usize, reach: Reach<'_>) -> View {
         assert!(first + count <= run.len(), "positions outside the run");
         let deadline = Instant::now() + self.options().fetch_timeout;
         if let Ok(connection) = self.connection(deadline).await
@@ -156,7 +195,7 @@ impl CacheClient {
                 locations: run.locations.clone(),
                 range_bytes: 0,
             };
-            let pin = shm.pin(&job, run.space.block_bytes(), gpus);
+            let pin = shm.pin(&job, run.space.block_bytes(), reach);
             let pinned = tokio::time::timeout_at(patience(deadline, false), pin).await;
             match pinned.unwrap_or_else(|_| Err(Status::deadline_exceeded("no pin in time"))) {
                 Ok(pinned) => {

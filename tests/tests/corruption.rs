@@ -28,6 +28,32 @@ fn corrupt_in_memory(block: &[u8]) {
     panic!("the block is in no memory of the server");
 }
 
+/// A large view, which several threads verify, is right up to the first block that is not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_view_ends_before_what_is_wrong() {
+    let (server, client) = server_and_client(config(160)).await;
+    let space = space("u");
+    let chain = hashes(&space, 4, 150);
+    client.publish(&space, None, &blocks(&space, &chain)).await;
+    for (quarantined, wrong) in (0..).zip([None, Some(149), Some(100), Some(99), Some(0)]) {
+        wrong.iter().for_each(|wrong| corrupt_in_memory(&payload(&space, &chain[*wrong])));
+        let run = client.lookup(&space, &chain).await.run.unwrap();
+        let view = client.fetch_view(&run, 0, run.len()).await;
+        let right = wrong.unwrap_or(chain.len());
+        assert_eq!(view.verify_all(), right, "{wrong:?} is wrong");
+        for (i, hash) in chain[..right].iter().enumerate() {
+            assert!(view.block(i).unwrap() == payload(&space, hash), "block {i}");
+        }
+        if let Some(wrong) = wrong {
+            assert_eq!(view.block(wrong).err(), Some(Outcome::Corrupt));
+            drop((view, run));
+            eventually("it is quarantined", || server.counters().quarantined_blocks == quarantined).await;
+        }
+    }
+    server.audit().unwrap();
+    server.shutdown().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_block_that_went_bad_is_never_used_and_leaves() {
     let (server, client) = server_and_client(config(16)).await;

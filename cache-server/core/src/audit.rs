@@ -35,6 +35,8 @@ impl Core {
             }
             let somewhere = entry.slot().is_some() || entry.place().is_some() || self.on_gpu(id).is_some();
             ensure(somewhere || entry.state == EntryState::Doomed, || format!("{id:?} is nowhere"))?;
+            let needed = entry.state != EntryState::Doomed || entry.disk.loading || entry.disk.writing();
+            ensure(needed || entry.place().is_none(), || format!("{id:?} is gone, and its record is not"))?;
             let found = self.index.find(entry.space, &entry.hash);
             ensure((entry.state == EntryState::Resident) == (found == Some(id)), || {
                 format!("{id:?} is {:?} but the table finds {found:?}", entry.state)

@@ -344,10 +344,13 @@ impl Core {
         }
         self.gpus.share_what_is_left();
         // A driver that hangs never ends its copies.
+        let mut left = Vec::new();
         for load in self.loads.values_mut().filter(|load| load.gpu == Some(number) && !load.abandoned) {
             load.abandoned = true;
             self.index[load.entry.id].disk.loading = false;
+            left.push(load.entry.id);
         }
+        left.into_iter().for_each(|id| self.drop_record_of_doomed(id));
         let here = |(id, entry): (EntryId, &crate::index::Entry)| {
             let copy = self.gpus.copy(id)?;
             let here = self.gpus.gpu_of(copy.slot?) == number;

@@ -266,6 +266,12 @@ impl Run {
     fn lose(&mut self, gpu: GpuId) -> usize {
         let before = self.core.gpus()[gpu.0 as usize].lost;
         let awaited = self.awaited_from(gpu);
+        // Some of them are of no use any more when they come, if they come.
+        for (.., (space, hash)) in &awaited {
+            if self.rng.random_bool(0.3) {
+                self.apply(Event::Quarantine { space: *space, hash: *hash });
+            }
+        }
         let effects = self.apply(Event::Gpu(GpuEvent::Lose(gpu)));
         assert_eq!(effects.lost_gpus == [gpu], !before, "told of once");
         assert!(self.core.gpus()[gpu.0 as usize].lost);
@@ -309,6 +315,7 @@ impl Run {
                 GpuWork::Promote { copy, from, to, .. } => {
                     assert_eq!(self.host[&from], Some(block));
                     let tenant = self.core.tenant(&block.0).unwrap().to_owned();
+                    let fresh = !self.owners.contains_key(&(to.gpu, to.chunk));
                     let owner = self.owners.entry((to.gpu, to.chunk)).or_insert_with(|| tenant.clone());
                     assert_eq!(*owner, tenant, "a chunk of a GPU changed hands");
                     let gpus = self.core.gpus();
@@ -317,7 +324,10 @@ impl Run {
                     };
                     let chunks = self.owners.iter().filter(here).count();
                     // What it had before its share became smaller it keeps.
-                    assert!(chunks <= MOST_CHUNKS, "a tenant has {chunks} chunks");
+                    let in_service = gpus.iter().filter(|gpu| !gpu.lost).count();
+                    let most =
+                        if fresh { (MOST_CHUNKS * in_service).div_ceil(gpus.len()) } else { MOST_CHUNKS };
+                    assert!(chunks <= most, "a tenant has {chunks} chunks");
                     // Half of it is there already.
                     self.gpu.insert(to, None);
                     self.going.push(Going::Promote { copy, from, to, block });

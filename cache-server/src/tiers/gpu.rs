@@ -16,7 +16,7 @@ use cairn_gpu::{Buffer, Copy, Device, DeviceError, Event, Priority, Region, Stre
 use cairn_proto::{BlockHash, Checksum, SpaceId};
 use cairn_transfer::store::{GpuChunk, GpuUuid, Location};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -74,6 +74,8 @@ pub(crate) struct GpuTier {
     registered: Mutex<HashMap<u32, Registration>>,
     /// Held while the driver pins one, which can take long.
     registering: Mutex<()>,
+    /// By GPU: it is out of service.
+    gone: Vec<CancellationToken>,
     /// Something may be to do.
     pub(crate) wake: Notify,
     pub(crate) stop: CancellationToken,
@@ -94,6 +96,7 @@ impl GpuTier {
             max_in_flight_bytes: config.gpu.in_flight_mib << 20,
             registered: Mutex::default(),
             registering: Mutex::default(),
+            gone: Vec::new(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
         };
@@ -115,6 +118,7 @@ impl GpuTier {
                     let mib = config.gpu.capacity_mib;
                     tracing::info!(device = gpu.device.name(), mib, shared = gpu.is_shared(), "GPU tier");
                     tier.gpus.push(gpu);
+                    tier.gone.push(CancellationToken::new());
                 }
                 Err(error @ DeviceError::OutOfMemory { .. }) => {
                     tracing::error!(device = ordinal, %error, "a GPU is not in service: lower gpu.capacity_mib, or leave it out of gpu.devices");
@@ -154,6 +158,11 @@ impl GpuTier {
 
     pub(crate) fn info(&self, gpu: GpuId) -> &CudaInfo {
         self.gpus[gpu.0 as usize].device.info()
+    }
+
+    /// When that is cancelled, the GPU is out of service, and its copies may never end.
+    pub(crate) fn gone(&self, gpu: GpuId) -> &CancellationToken {
+        &self.gone[gpu.0 as usize]
     }
 
     /// Whether workers can open a GPU's memory.
@@ -224,13 +233,14 @@ impl GpuTier {
         };
         let memory = match known() {
             Some(memory) => memory,
-            None => {
-                let _one_at_a_time = self.registering.lock().unwrap_or_else(PoisonError::into_inner);
-                match known() {
+            None => match self.registering.try_lock() {
+                // Another chunk is being pinned, which may take for ever: this one is for later.
+                Err(TryLockError::WouldBlock) => None,
+                _one_at_a_time => match known() {
                     Some(memory) => memory,
                     None => self.register(gpu, slot.chunk)?,
-                }
-            }
+                },
+            },
         };
         let offset = self.arena.range(slot, bytes);
         Ok(memory.map(|memory| Region { buffer: Buffer::Pinned(memory), offset, bytes: bytes as usize }))

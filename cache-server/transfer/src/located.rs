@@ -5,7 +5,7 @@ use crate::Arrivals;
 use crate::copy::copy_shared;
 use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::map::Map;
-use crate::store::{GpuUuid, Hold, Location, Receiving, Store};
+use crate::store::{Hold, Location, Reach, Receiving, Store};
 use crate::stream::{LONGEST_PUBLISH, drain, is_refusal, lost, send_block, within};
 use crate::wire::{FetchJob, WireKind};
 use bytes::Bytes;
@@ -199,9 +199,9 @@ pub(crate) async fn locate<S: Io>(
     link: &mut Link<S>,
     (wire, session): (WireKind, u64),
     (lease, first, count): (u64, u32, u32),
-    gpus: &[GpuUuid],
+    reach: Reach<'_>,
 ) -> Result<(Hold, u64), Status> {
-    let mut reading = store.read(wire, session, lease, (first as usize, count as usize), gpus)?;
+    let mut reading = store.read(wire, session, lease, (first as usize, count as usize), reach)?;
     let mut bytes = reading.on_gpu.len() as u64 * reading.block_bytes;
     let mut located = pb::LocatedBlocks::default();
     (located.gpu_blocks, located.gpu_locations) =

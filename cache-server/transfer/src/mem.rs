@@ -3,7 +3,7 @@
 
 use crate::Arrivals;
 use crate::copy::copy;
-use crate::store::{Receiving, Store};
+use crate::store::{Reach, Receiving, Store};
 use crate::wire::{FetchJob, PublishJob, Wire, WireKind};
 use cairn_proto::pb;
 use futures::future::BoxFuture;
@@ -33,7 +33,8 @@ impl Wire for MemWire {
     ) -> BoxFuture<'a, Result<(), Status>> {
         let work = async move {
             let positions = (job.blocks.start, job.blocks.len());
-            let mut reading = self.0.read(WireKind::Mem, job.session, job.lease, positions, &[])?;
+            let mut reading =
+                self.0.read(WireKind::Mem, job.session, job.lease, positions, Reach::default())?;
             while let Some((block, brought)) = reading.blocks.next().await {
                 match brought {
                     Ok(brought) => {

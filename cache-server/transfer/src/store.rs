@@ -64,7 +64,7 @@ pub trait Store: Send + Sync + 'static {
     /// See the API.
     fn reserve(&self, session: u64, request: &pb::ReserveRequest) -> Result<pb::ReserveResponse, Status>;
 
-    /// Starts to read leased blocks. What is in the memory of one of these GPUs is only told of: the reader can open it.
+    /// Starts to read leased blocks. What is in the memory of a GPU that the reader reaches is only told of.
     ///
     /// # Errors
     /// See the API.
@@ -74,7 +74,7 @@ pub trait Store: Send + Sync + 'static {
         session: u64,
         lease: u64,
         positions: (usize, usize),
-        gpus: &[GpuUuid],
+        reach: Reach<'_>,
     ) -> Result<Reading, Status>;
 
     /// A chunk of a GPU's memory that holds a block of this lease.
@@ -188,6 +188,15 @@ pub struct Reading {
     pub block_bytes: u64,
     /// Keeps those bytes in place that have a location.
     pub hold: Hold,
+}
+
+/// What a reader can open.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reach<'a> {
+    /// These GPUs.
+    pub gpus: &'a [GpuUuid],
+    /// It has room for copies from there of so many of the first blocks.
+    pub blocks: usize,
 }
 
 /// Identity of a GPU in every process.

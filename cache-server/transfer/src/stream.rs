@@ -5,7 +5,7 @@ use crate::frame::{Frame, Link, decode, kind, nonsense};
 use crate::handshake;
 use crate::located::Io;
 use crate::rdma::RdmaServer;
-use crate::store::{Receiving, Store};
+use crate::store::{Reach, Receiving, Store};
 use crate::wire::{FetchJob, PublishJob, WireKind};
 use bytes::Bytes;
 use cairn_proto::{MissReason, limits, pb};
@@ -266,7 +266,7 @@ pub(crate) async fn send<S: AsyncRead + AsyncWrite + Unpin>(
     request: &pb::FetchRequest,
 ) -> Result<(), Status> {
     let positions = (request.first as usize, request.count as usize);
-    let mut reading = store.read(wire, session, request.lease_id, positions, &[])?;
+    let mut reading = store.read(wire, session, request.lease_id, positions, Reach::default())?;
     let mut bytes = 0;
     while let Some((block, brought)) = reading.blocks.next().await {
         match brought {

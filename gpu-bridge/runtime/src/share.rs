@@ -3,7 +3,7 @@
 use crate::compute::{Gathered, LoadedBlocks, NearBlocks, NearRoom, Stager, Staging};
 use crate::engine::{Command, Summary, Update};
 use crate::peer::PrefillPeer;
-use cairn_client::{Block, CacheClient, Fetched, Lookup, Run, View, WireKind};
+use cairn_client::{Block, CacheClient, Fetched, Lookup, Reach, Run, View, WireKind};
 use cairn_proto::{BlockHash, Checksum, KeySpace};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -222,10 +222,11 @@ impl Share {
 
     /// Blocks up to `end` of the run where the server has them, verified; what is not in place is none.
     async fn view(&self, run: &Run, job: &LoadJob, end: usize, loaded: &mut Loaded) {
-        let bytes = (end - job.first) * self.space.block_bytes() as usize;
-        let near = job.stager.near().and_then(|near| near.room(bytes));
+        let near =
+            job.stager.near().map(|near| near.room(end - job.first, self.space.block_bytes() as usize));
         let gpus = near.as_ref().map(NearRoom::gpus).unwrap_or_default();
-        let view = self.client.fetch_view_near(run, job.first, end - job.first, &gpus).await;
+        let reach = Reach { gpus: &gpus, blocks: near.as_ref().map_or(0, NearRoom::blocks) };
+        let view = self.client.fetch_view_near(run, job.first, end - job.first, reach).await;
         let verified = match self.verify(near, view).await {
             Some(verified) => Some(verified),
             None => {
@@ -249,9 +250,7 @@ impl Share {
             let near = copied
                 .inspect_err(|error| tracing::warn!(%error, "blocks were not copied from a GPU"))
                 .ok()?;
-            let on_gpu = |index: usize| near.as_ref().is_some_and(|near| near.place(index).is_some());
-            let right = |index: &usize| on_gpu(*index) || view.block(*index).is_ok();
-            let blocks = (0..view.len()).take_while(right).count();
+            let blocks = view.verify_all();
             if let Some(Err(outcome)) = (blocks < view.len()).then(|| view.block(blocks)) {
                 tracing::info!(%outcome, "a cached block did not arrive; the rest is computed");
             }

@@ -5,7 +5,7 @@ use super::Bench;
 use super::remote::Remote;
 use super::tokens::{Answer, ask, prompt, small_checkpoint, worker_options};
 use crate::{blocks, hashes, payload, space_with};
-use cairn_client::{CacheClient, GpuUuid, View};
+use cairn_client::{CacheClient, GpuUuid, Reach, View};
 use cairn_gpu::backend::cuda::{CudaDevice, IpcHandle};
 use cairn_proto::{BlockHash, KeySpace, Layout, Outcome, Tier, pb};
 use cairn_runtime::{ComputeDevice, Worker};
@@ -120,7 +120,8 @@ async fn view(client: &CacheClient, space: &KeySpace, names: &[BlockHash], gpus:
     let lookup = client.lookup(space, names).await;
     let run = lookup.run.expect("they are there");
     assert_eq!(run.len(), names.len(), "all of them");
-    client.fetch_view_near(&run, 0, names.len(), gpus).await
+    let reach = Reach { gpus, blocks: names.len() };
+    client.fetch_view_near(&run, 0, names.len(), reach).await
 }
 
 /// Writes over one block on the GPU.

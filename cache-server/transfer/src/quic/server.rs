@@ -3,7 +3,7 @@
 use super::{LANE_HEAD_BYTES, MAX_LANES, MAX_REQUESTS, QuicOptions, broken, endpoint_config, socket};
 use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
-use crate::store::{Brought, Hold, Receiving, Store};
+use crate::store::{Brought, Hold, Reach, Receiving, Store};
 use crate::stream::{self, take_pieces, within};
 use crate::wire::WireKind;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -202,7 +202,8 @@ impl QuicServer {
         request: pb::FetchRequest,
     ) -> Result<(), Status> {
         let positions = (request.first as usize, request.count as usize);
-        let mut reading = self.store.read(WireKind::Quic, session, request.lease_id, positions, &[])?;
+        let mut reading =
+            self.store.read(WireKind::Quic, session, request.lease_id, positions, Reach::default())?;
         let count = self.lanes.min(request.count.max(1));
         link.send(kind::LANES, &pb::DataLanes { lanes: count }).await?;
         let mut lanes = Vec::new();

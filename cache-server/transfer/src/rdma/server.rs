@@ -168,9 +168,13 @@ impl RdmaServer {
         let _withdraw = Withdraw { server: self, ticket };
         let offer = pb::QueuePairOffer { address: self.address.to_string(), ticket: ticket.to_vec().into() };
         link.send(kind::QUEUE_PAIR_AT, &offer).await?;
-        let given = tokio::time::timeout(store.limits().handshake_timeout, given).await;
-        let late = || Status::unavailable("no queue pair came");
-        let (queue, tenant) = given.map_err(|_| late())?.map_err(|_| late())?;
+        // The client resolves an address and a route first, each in its own time.
+        let given = tokio::time::timeout(2 * store.limits().handshake_timeout, given).await;
+        let Ok(Ok((queue, tenant))) = given else {
+            let late = Status::unavailable("no queue pair came");
+            link.fail(&late).await?;
+            return Err(late);
+        };
         let reach = Some(Reach { _queue: queue, staging: None, tenant });
         link.send(kind::READY, &()).await?;
         let mut connection = Connection { reach, store: store.clone(), link, session };
@@ -327,7 +331,8 @@ impl<S: Io> Connection<'_, S> {
             kind::FETCH => {
                 let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
                 let blocks = (lease_id, first, count);
-                locate(&self.store, self.link, (WIRE, self.session), blocks, &[]).await?;
+                locate(&self.store, self.link, (WIRE, self.session), blocks, crate::store::Reach::default())
+                    .await?;
                 self.link.send(kind::END, &()).await
             }
             kind::STAGING => self.give_staging().await,

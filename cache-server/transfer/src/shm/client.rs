@@ -8,7 +8,7 @@ use crate::handshake;
 use crate::located::{self, Bring, Located, MAX_CHUNKS, number, offset, told};
 use crate::map::Map;
 use crate::pool::Pool;
-use crate::store::{GpuChunk, GpuUuid, Location, SessionKey};
+use crate::store::{GpuChunk, Location, Reach, SessionKey};
 use crate::stream::{self, is_refusal};
 use crate::wire::{FetchJob, Offer, PublishJob, Wire, WireKind};
 use cairn_proto::{BlockHash, Checksum, MissReason, SpaceId, pb};
@@ -109,12 +109,12 @@ impl ShmWire {
     }
 
     /// Leased blocks as they lie in the server's memory, kept as they are until the result is dropped. A block that is
-    /// nowhere in memory is brought as a copy. A block that is in the memory of one of `gpus`, which the caller can open, stays there:
+    /// nowhere in memory is brought as a copy. A block that is in the memory of a GPU that the caller reaches stays there:
     /// see [`Pinned::on_gpu`].
     ///
     /// # Errors
     /// When the lease ended or the connection broke.
-    pub async fn pin(&self, job: &FetchJob, block_bytes: u64, gpus: &[GpuUuid]) -> Result<Pinned, Status> {
+    pub async fn pin(&self, job: &FetchJob, block_bytes: u64, reach: Reach<'_>) -> Result<Pinned, Status> {
         let pins = self.0.pin_connection().await?;
         let mut connection = pins.connection.lock().await;
         let pin = pins.last_pin.fetch_add(1, Ordering::Relaxed) + 1;
@@ -123,7 +123,8 @@ impl ShmWire {
             lease_id: job.lease,
             first: job.blocks.start as u32,
             count: job.blocks.len() as u32,
-            gpus: gpus.iter().map(|gpu| gpu.to_vec().into()).collect(),
+            gpus: reach.gpus.iter().map(|gpu| gpu.to_vec().into()).collect(),
+            most_on_gpu: reach.blocks as u32,
         };
         pins.idle.store(false, Ordering::Release);
         connection.link.send(kind::PIN, &request).await?;

@@ -6,7 +6,7 @@ use crate::frame::{Frame, Link, decode, kind};
 use crate::handshake;
 use crate::located::{MAX_CHUNKS, Serve, locate, requests, take_offers};
 use crate::map::{Map, memory};
-use crate::store::{GpuChunk, GpuUuid, Hold, Store};
+use crate::store::{GpuChunk, GpuUuid, Hold, Reach, Store};
 use crate::stream;
 use crate::wire::WireKind;
 use bytes::Bytes;
@@ -220,15 +220,16 @@ impl Connection {
             kind::OPEN => self.open(decode(body)?).await,
             kind::FETCH => {
                 let pb::FetchRequest { lease_id, first, count, .. } = decode(body)?;
-                self.locate((lease_id, first, count), None, &[]).await
+                self.locate((lease_id, first, count), None, Reach::default()).await
             }
             kind::PIN => {
-                let pb::PinRequest { pin, lease_id, first, count, gpus } = decode(body)?;
+                let pb::PinRequest { pin, lease_id, first, count, gpus, most_on_gpu } = decode(body)?;
                 let gpus = gpus.iter().take(MAX_GPUS).map(|gpu| GpuUuid::try_from(gpu.as_ref()));
                 let gpus: Vec<GpuUuid> = gpus
                     .collect::<Result<_, _>>()
                     .map_err(|_| Status::invalid_argument("the UUID of a GPU has 16 bytes"))?;
-                self.locate((lease_id, first, count), Some(pin), &gpus).await
+                let reach = Reach { gpus: &gpus, blocks: most_on_gpu as usize };
+                self.locate((lease_id, first, count), Some(pin), reach).await
             }
             kind::UNPIN => {
                 let pb::UnpinRequest { pin } = decode(body)?;
@@ -278,12 +279,12 @@ impl Connection {
         &mut self,
         blocks: (u64, u32, u32),
         pin: Option<u64>,
-        gpus: &[GpuUuid],
+        reach: Reach<'_>,
     ) -> Result<(), Status> {
         if pin.is_some() && self.pins.len() >= MAX_PINS {
             return Err(Status::resource_exhausted(format!("at most {MAX_PINS} views on one connection")));
         }
-        let (hold, bytes) = locate(&self.store, &mut self.link, (WIRE, self.session), blocks, gpus).await?;
+        let (hold, bytes) = locate(&self.store, &mut self.link, (WIRE, self.session), blocks, reach).await?;
         // If the client does not hear of the pin, the connection and all its pins are over. What it copies it tells itself.
         if let Some(pin) = pin {
             self.store.sent(WIRE, bytes);

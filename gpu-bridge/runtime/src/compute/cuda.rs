@@ -19,8 +19,8 @@ use cairn_kernels::cuda::ActType;
 use half::bf16;
 use memmap2::MmapRaw;
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 /// Mappings that are registered at a time: they keep memory that the server has given up from being freed.
 const REGISTERED: usize = 256;
@@ -30,6 +30,9 @@ const GRAPH_ROWS: [usize; 10] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64];
 
 /// Where blocks must begin for the kernels to read them.
 const ALIGNMENT: u64 = 16;
+
+/// A mapping that the driver would not take is tried again after this long.
+const REGISTER_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long the last handle of a gather's memory may lag behind its event.
 const LETTING_GO: Duration = Duration::from_millis(1);
@@ -49,7 +52,7 @@ pub(crate) struct CudaCompute {
     /// Slots that are being read, by the event after which they are not.
     leaving: HashMap<Slot, Event>,
     /// Mappings of the cache server's memory that copies read, by their address.
-    registered: HashMap<usize, Option<CudaShared>>,
+    registered: HashMap<usize, Registration>,
     /// The way to the cache server's memory on GPUs.
     near: Option<Near>,
     /// Blocks that the last pass completed, by their slots.
@@ -74,6 +77,12 @@ impl Leaving {
             tokio::time::sleep(LETTING_GO).await;
         }
     }
+}
+
+/// What the driver said to a mapping of the cache server's memory.
+enum Registration {
+    Shared(CudaShared),
+    Refused(Weak<MmapRaw>, Instant),
 }
 
 /// Pinned memory behind the bytes of blocks.
@@ -262,19 +271,33 @@ impl CudaCompute {
     /// A mapping of the cache server's memory, registered with the device; none if that cannot be.
     fn registered(&mut self, map: &Arc<MmapRaw>) -> Option<CudaShared> {
         let address = map.as_ptr().addr();
-        if let Some(known) = self.registered.get(&address) {
-            return known.clone();
+        match self.registered.get(&address) {
+            Some(Registration::Shared(memory)) => return Some(memory.clone()),
+            Some(Registration::Refused(refused, at))
+                if refused.as_ptr() == Arc::as_ptr(map) && at.elapsed() < REGISTER_AGAIN =>
+            {
+                return None;
+            }
+            _ => {}
         }
         if self.registered.len() >= REGISTERED
             && let Some(any) = self.registered.keys().next().copied()
         {
             self.registered.remove(&any);
         }
-        let registered = self.device.register(map.clone(), false).inspect_err(|error| {
-            tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
-        });
-        // A refusal is remembered, too: asking again for every block would take long.
-        self.registered.entry(address).or_insert(registered.ok()).clone()
+        match self.device.register(map.clone(), false) {
+            Ok(memory) => {
+                self.registered.insert(address, Registration::Shared(memory.clone()));
+                Some(memory)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
+                // Asking again for every block would take long.
+                let refused = Registration::Refused(Arc::downgrade(map), Instant::now());
+                self.registered.insert(address, refused);
+                None
+            }
+        }
     }
 
     /// Issues the moves, layer by layer. Until the device has read them the blocks of `view` stay as they are.

@@ -48,13 +48,14 @@ struct Inner {
 /// Room for the copies of one load.
 pub(crate) struct NearRoom {
     near: Near,
-    permit: OwnedSemaphorePermit,
+    blocks: usize,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 /// Verified copies of blocks of a view.
 pub(crate) struct NearBlocks {
     near: Near,
-    _room: OwnedSemaphorePermit,
+    room: Option<OwnedSemaphorePermit>,
     memory: Option<CudaMemory>,
     /// Where each block of the view begins in the memory, if it is there and right.
     places: Vec<Option<usize>>,
@@ -110,12 +111,13 @@ impl Near {
         Ok(Self(inner))
     }
 
-    /// Room for copies of so many bytes, if there is any at present: asked for before the server is asked where blocks are, because what is
-    /// not copied from a GPU has to be asked for anew.
-    pub(crate) fn room(&self, bytes: usize) -> Option<NearRoom> {
-        let units = u32::try_from(bytes.div_ceil(ROOM_UNIT)).ok()?;
-        let permit = self.0.room.clone().try_acquire_many_owned(units).ok()?;
-        Some(NearRoom { near: self.clone(), permit })
+    /// Room for copies of as many of so many blocks as there is room for at present: asked for before the server is asked where they are,
+    /// because what is not copied from a GPU would have to be asked for anew.
+    pub(crate) fn room(&self, blocks: usize, block_bytes: usize) -> NearRoom {
+        let free = self.0.room.available_permits() * ROOM_UNIT;
+        let fit = blocks.min(free / block_bytes.max(1));
+        let permit = self.0.room.clone().try_acquire_many_owned(units(fit * block_bytes)).ok();
+        NearRoom { near: self.clone(), blocks: if permit.is_some() { fit } else { 0 }, permit }
     }
 }
 
@@ -125,14 +127,19 @@ impl NearRoom {
         self.near.gpus()
     }
 
+    /// How many blocks there is room for.
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks
+    }
+
     /// Copies the blocks of a view that are on GPUs, and verifies the copies; the view knows which are right. Blocks the thread.
     ///
     /// # Errors
     /// When the memory cannot be opened or copied: the blocks have to come another way.
     pub(crate) fn copy(self, view: &View, block_bytes: usize) -> Result<NearBlocks, DeviceError> {
-        let Self { near, permit } = self;
+        let Self { near, permit, .. } = self;
         let places = vec![None; view.len()];
-        let mut blocks = NearBlocks { near: near.clone(), _room: permit, memory: None, places };
+        let mut blocks = NearBlocks { near: near.clone(), room: permit, memory: None, places };
         near.fill(&mut blocks, view, block_bytes)?;
         Ok(blocks)
     }
@@ -148,10 +155,12 @@ impl Near {
 
     fn fill(&self, blocks: &mut NearBlocks, view: &View, block_bytes: usize) -> Result<(), DeviceError> {
         let places: Vec<_> = (0..view.len()).filter_map(|index| Some((index, view.on_gpu(index)?))).collect();
+        let bytes = places.len() * block_bytes;
+        // The rest is for others.
+        blocks.room = blocks.room.take().and_then(|mut room| room.split(units(bytes) as usize));
         if places.is_empty() {
             return Ok(());
         }
-        let bytes = places.len() * block_bytes;
         let memory = self.memory(bytes)?;
         let mut copies = Vec::with_capacity(places.len());
         let mut seeds = Vec::with_capacity(places.len());
@@ -177,7 +186,8 @@ impl Near {
     fn memory(&self, bytes: usize) -> Result<CudaMemory, DeviceError> {
         let too_small = {
             let mut kept = lock(&self.0.kept);
-            match kept.iter().position(|memory| memory.len() >= bytes) {
+            // Not the largest for the smallest: what is taken counts for no more than what is asked for.
+            match kept.iter().position(|memory| (bytes..=2 * bytes).contains(&memory.len())) {
                 Some(fits) => return Ok(kept.swap_remove(fits)),
                 None => std::mem::take(&mut *kept),
             }
@@ -219,6 +229,10 @@ fn close_unnamed(near: &Weak<Inner>) {
         let Some(near) = near.upgrade() else { return };
         lock(&near.opened).retain(|_, (chunk, _)| chunk.strong_count() > 0);
     }
+}
+
+fn units(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX)
 }
 
 /// Every change is a single insertion or removal, so a panic elsewhere leaves the whole.

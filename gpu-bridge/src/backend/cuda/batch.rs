@@ -56,6 +56,9 @@ pub struct Plan {
 /// most of the device idle. Beyond that reading the context once for all of them is better.
 const SPREAD_ROWS: usize = 8;
 
+/// Rows of all sequences together that are spread so: each takes memory for the parts of its context.
+const SPREAD_IN_ALL: usize = 32;
+
 /// The shortest context that is worth it.
 const SPREAD_FROM: usize = 4 * SPLIT_KEYS;
 
@@ -101,18 +104,16 @@ impl Plan {
         let (mut tables, mut starts) = (Vec::new(), Vec::new());
         // A row alone has too little work for one warp a head: its context is spread.
         let (mut alone, mut together) = (Vec::new(), Vec::new());
-        let mut answers = true;
+        let (mut answers, mut spread) = (true, 0);
         for sequence in sequences(rows) {
             let first = &rows[sequence.start];
             if let Some(slot) = first.slots.iter().find(|slot| slot.0 as usize >= limits.slots) {
                 return wrong(format!("slot {} of {}", slot.0, limits.slots));
             }
             answers &= sequence.len() == 1;
-            let few = sequence.len() <= SPREAD_ROWS && first.position >= SPREAD_FROM;
-            let (tiles, tile_rows) = match sequence.len() == 1 || few {
-                true => (&mut alone, 1),
-                false => (&mut together, shape.tile_rows()),
-            };
+            let spreads = sequence.len() == 1 || spreads(sequence.len(), first.position, &mut spread);
+            let (tiles, tile_rows) =
+                if spreads { (&mut alone, 1) } else { (&mut together, shape.tile_rows()) };
             let start = tables.len() as u32;
             tables.extend(first.slots.iter().map(|slot| slot.0));
             starts.resize(sequence.end, start);
@@ -155,6 +156,13 @@ impl Plan {
     pub fn chosen(&self) -> usize {
         self.chosen.len()
     }
+}
+
+/// Whether the rows of a sequence are computed each by itself, beside so many others.
+fn spreads(rows: usize, position: usize, others: &mut usize) -> bool {
+    let spreads = rows <= SPREAD_ROWS && position >= SPREAD_FROM && *others + rows <= SPREAD_IN_ALL;
+    *others += if spreads { rows } else { 0 };
+    spreads
 }
 
 /// Runs of rows at rising positions of the same slice of slots.

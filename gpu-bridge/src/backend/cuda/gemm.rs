@@ -330,7 +330,14 @@ impl Gemm {
             Some(algorithms) => algorithms,
             None => {
                 let few = self.choose(outputs as u64, inputs as u64)?;
-                let many = self.choose_for_many(&few, outputs, inputs)?.unwrap_or(few);
+                let many = match self.choose_for_many(&few, outputs, inputs) {
+                    Ok(many) => many.unwrap_or(few),
+                    Err(error @ DeviceError::Lost(_)) => return Err(error),
+                    Err(error) => {
+                        tracing::debug!(%error, outputs, inputs, "no second algorithm for many rows");
+                        few
+                    }
+                };
                 *self.chosen().entry((outputs, inputs)).or_insert(Algorithms { few, many })
             }
         };
