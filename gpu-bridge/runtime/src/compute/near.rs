@@ -184,16 +184,17 @@ impl Near {
     }
 
     fn memory(&self, bytes: usize) -> Result<CudaMemory, DeviceError> {
-        let too_small = {
+        let in_the_way = {
             let mut kept = lock(&self.0.kept);
             // Not the largest for the smallest: what is taken counts for no more than what is asked for.
-            match kept.iter().position(|memory| (bytes..=2 * bytes).contains(&memory.len())) {
-                Some(fits) => return Ok(kept.swap_remove(fits)),
-                None => std::mem::take(&mut *kept),
+            if let Some(fits) = kept.iter().position(|memory| (bytes..=2 * bytes).contains(&memory.len())) {
+                return Ok(kept.swap_remove(fits));
             }
+            let all: usize = kept.iter().map(CudaMemory::len).sum();
+            if all + bytes > self.0.most_bytes { std::mem::take(&mut *kept) } else { Vec::new() }
         };
-        // They make room; without the lock, because the driver may wait for the device before it frees anything.
-        drop(too_small);
+        // Without the lock, because the driver may wait for the device before it frees anything.
+        drop(in_the_way);
         self.0.device.allocate(bytes)
     }
 
