@@ -252,8 +252,7 @@ impl Core {
 
     /// What has to leave for a class to get a chunk from another class of its tenant, if it has less than its share of what the tenant has;
     /// nothing, if that is leaving already.
-    fn chunk_to_take_over(&mut self, own_class: ClassId) -> Option<Vec<EntryId>> {
-        let class = own_class;
+    fn chunk_to_take_over(&mut self, class: ClassId) -> Option<Vec<EntryId>> {
         let tenant = self.spaces.classes[class.0 as usize].tenant;
         let own = self.gpus.arena.chunk_count(class);
         let classes = (0..).map(ClassId).zip(&self.spaces.classes);
@@ -270,8 +269,8 @@ impl Core {
         }
         // One chunk at a time: what leaves other classes of the tenant already may be enough.
         let from_others = |load: &Loading| {
-            let class = self.spaces[self.index[load.entry.id].space].class;
-            class != own_class && self.spaces.classes[class.0 as usize].tenant == tenant
+            let other = self.spaces[self.index[load.entry.id].space].class;
+            other != class && self.spaces.classes[other.0 as usize].tenant == tenant
         };
         if self.loads.values().any(|load| load.leaves && !load.abandoned && from_others(load)) {
             return Some(Vec::new());
