@@ -99,6 +99,7 @@ async fn a_device_is_never_larger_than_configured_and_wears_within_its_bound() {
     let space = space("t");
     let hot = hashes(&space, 0, 8);
     publish(&client, &space, &hot).await;
+    written(&server, 8).await;
     for seed in 1..40 {
         let chain = hashes(&space, seed, 10);
         publish(&client, &space, &chain).await;

@@ -54,6 +54,8 @@ pub(crate) struct DiskState {
     pub(crate) durable: bool,
     /// It was found at least once.
     pub(crate) reused: bool,
+    /// How often it was found on its device, as far as that is told apart, less once for each time reclaiming moved it.
+    pub(crate) uses: u8,
 }
 
 /// Whether a copy of a block is being written, and what for.

@@ -13,6 +13,9 @@ use std::collections::BTreeSet;
 /// Segments that only reclaiming may open, so that it can always go on.
 const RESERVED_SEGMENTS: usize = 1;
 
+/// Uses of a block on its device beyond this are not told apart.
+const MAX_USES: u8 = 3;
+
 /// A file system that had no room for a segment is asked again after this long.
 const FULL_RETRY_MS: u64 = 3000;
 
@@ -77,10 +80,12 @@ impl Core {
 
     /// A block on a device was used.
     pub(crate) fn touch_disk(&mut self, id: EntryId) {
-        let entry = &self.index[id];
+        let entry = &mut self.index[id];
         if let Some(place) = entry.place()
             && entry.disk.ordered
         {
+            entry.disk.uses = (entry.disk.uses + 1).min(MAX_USES);
+            let entry = &self.index[id];
             let member = entry.member(id);
             self.disks.device_of(place).policy.touch(&mut self.disk_nodes, member);
         }
@@ -299,6 +304,7 @@ impl Core {
         let entry = &mut self.index[id];
         entry.disk.copying = if relocation { Copying::Relocating } else { Copying::First };
         entry.disk.queued = false;
+        entry.disk.uses = entry.disk.uses.saturating_sub(1);
         if !relocation {
             entry.set_place(Some(place));
             entry.disk.ordered = true;

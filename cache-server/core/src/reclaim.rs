@@ -108,7 +108,7 @@ impl Core {
             let must_stay = entry.pins > 0 && entry.slot().is_none();
             let pages = self.record_pages(entry.space);
             let bytes = u64::from(pages) * PAGE_BYTES;
-            if must_stay || self.may_relocate(device, bytes) {
+            if must_stay || self.may_relocate(device, bytes, entry.disk.uses > 0) {
                 let mut after = *room;
                 if !after.take(bytes) {
                     return;
@@ -125,12 +125,15 @@ impl Core {
         }
     }
 
-    pub(crate) fn may_relocate(&self, device: usize, bytes: u64) -> bool {
+    /// Whether so many bytes may be written once more. A segment's worth is kept back for blocks that are in use: when moving gets
+    /// scarce, what nobody asked for leaves first.
+    pub(crate) fn may_relocate(&self, device: usize, bytes: u64, used: bool) -> bool {
         let device = &self.disks.devices[device];
         let (stored, relocated) = (device.counters.stored_bytes, device.counters.relocated_bytes);
-        // One segment's worth to begin with: a device that was just attached has stored nothing yet.
+        // There is a beginning: a device that was just attached has stored nothing yet.
+        let segments = if used { 2 } else { 1 };
         let allowed = (device.config.max_write_amplification - 1.0) * stored as f64
-            + device.config.segment_bytes as f64;
+            + (segments * device.config.segment_bytes) as f64;
         (relocated + bytes) as f64 <= allowed
     }
 }

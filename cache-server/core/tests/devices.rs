@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 const DEFAULT_EVENTS: u64 = 40_000;
 const AUDIT_EVERY: u64 = 11;
 
-fn core(policy: PolicyKind, admission: Admission) -> Core {
+fn core(host_chunks: u32, policy: PolicyKind, admission: Admission) -> Core {
     Core::new(CoreConfig {
-        host_chunks: 3,
+        host_chunks,
         chunk_bytes: 8 * 4096,
         slot_align_bytes: 4096,
         policy,
@@ -55,14 +55,14 @@ struct Run {
     reads: Vec<(LeaseId, usize)>,
     /// What each device holds, as a crash would find it: by segment, generation and page.
     written: BTreeMap<(DeviceId, u32), (u64, BTreeMap<u32, Record>)>,
-    policy: PolicyKind,
+    config: DeviceConfig,
     /// How often a move fails, in percent.
     failures: u32,
 }
 
 impl Run {
-    fn new(policy: PolicyKind, admission: Admission, seed: u64) -> Self {
-        let mut core = core(policy, admission);
+    fn new((host_chunks, config): (u32, DeviceConfig), admission: Admission, seed: u64) -> Self {
+        let mut core = core(host_chunks, config.policy, admission);
         let layout = Layout::new(1, 1, 64, 16).unwrap();
         let space = KeySpace::new(SpaceParts::new("t", [0; 32], Dtype::Bf16, layout)).unwrap();
         let Reply::Session(session) = core.apply(Millis(0), Event::OpenSession).reply else { panic!() };
@@ -80,7 +80,7 @@ impl Run {
             leases: Vec::new(),
             reads: Vec::new(),
             written: BTreeMap::new(),
-            policy,
+            config,
             failures: 1,
         };
         run.attach();
@@ -93,7 +93,7 @@ impl Run {
     }
 
     fn attach(&mut self) {
-        let config = device(self.policy);
+        let config = self.config.clone();
         let Reply::Device(device) = self.apply(Event::AttachDevice(&config)).reply else { panic!() };
         self.apply(Event::RecoveryDone { device, sequence: 0 });
         self.devices.push(device);
@@ -114,8 +114,14 @@ impl Run {
     fn step(&mut self) {
         self.now += self.rng.random_range(0..3);
         match self.rng.random_range(0..100) {
-            0..25 => self.lookup(),
-            25..50 => self.publish(),
+            0..25 => {
+                let chain = self.chain();
+                self.lookup(&chain);
+            }
+            25..50 => {
+                let chain = self.chain();
+                self.publish(&chain);
+            }
             50..62 => self.end_some_move(),
             62..72 => self.plan(),
             72..82 => self.read(),
@@ -139,18 +145,19 @@ impl Run {
         }
     }
 
-    fn lookup(&mut self) {
-        let chain = self.chain();
+    /// How many blocks of a chain are there.
+    fn lookup(&mut self, chain: &[BlockHash]) -> usize {
         let (session, space) = (self.session, self.space.id());
-        let event = Event::Lookup { session, space, hashes: &chain, ttl_ms: 200 };
-        let Reply::Found { lease, .. } = self.core.apply(Millis(self.now), event).reply else { panic!() };
+        let event = Event::Lookup { session, space, hashes: chain, ttl_ms: 200 };
+        let reply = self.core.apply(Millis(self.now), event).reply;
+        let Reply::Found { lease, checksums, .. } = reply else { panic!() };
         self.leases.extend(lease);
+        checksums.len()
     }
 
-    fn publish(&mut self) {
-        let chain = self.chain();
+    fn publish(&mut self, chain: &[BlockHash]) {
         let (session, space) = (self.session, self.space.id());
-        let event = Event::Reserve { session, space, parent: None, hashes: &chain, ttl_ms: 50 };
+        let event = Event::Reserve { session, space, parent: None, hashes: chain, ttl_ms: 50 };
         let reply = self.core.apply(Millis(self.now), event).reply;
         let Reply::Reserved { reservation: Some(reservation), .. } = reply else { return };
         let Reply::Fill { slots, .. } = self.apply(Event::BeginFill { session, reservation }).reply else {
@@ -297,6 +304,11 @@ impl Run {
         }
         self.now += 1000;
         self.apply(Event::Tick);
+        self.settle();
+    }
+
+    /// Lets devices do all they have to do.
+    fn settle(&mut self) {
         for _ in 0..1000 {
             for moved in std::mem::take(&mut self.moves) {
                 self.apply(Event::EndMove { id: moved.id, ended: Ended::Done });
@@ -319,7 +331,7 @@ impl Run {
 }
 
 fn history(policy: PolicyKind, admission: Admission, seed: u64, events: u64) {
-    let mut run = Run::new(policy, admission, seed);
+    let mut run = Run::new((3, device(policy)), admission, seed);
     for event in 0..events {
         run.step();
         if event % AUDIT_EVERY == 0 {
@@ -340,9 +352,9 @@ fn history(policy: PolicyKind, admission: Admission, seed: u64, events: u64) {
         assert!(total(|c| c.evicted_blocks) > 10, "the history must evict");
     }
     for device in devices.iter().filter(|device| device.counters.stored_bytes > 1 << 20) {
-        // One segment's worth beyond the bound: what must stay is moved all the same.
+        // Two segments' worth beyond the bound, and what must stay is moved all the same.
         let amplification = device.counters.write_amplification();
-        assert!(amplification < 1.6, "a write amplification of {amplification}");
+        assert!(amplification < 1.7, "a write amplification of {amplification}");
     }
 }
 
@@ -357,4 +369,38 @@ fn every_policy_keeps_its_books_whatever_devices_do() {
             history(policy, admission, seed, events);
         }
     }
+}
+
+/// A chain that begins with this number and is like no other.
+fn numbered(first: u32, length: u32) -> Vec<BlockHash> {
+    let mut parent = Parent::Root(&SpaceId([0; 32]));
+    let mut chain = Vec::new();
+    for token in first..first + length {
+        chain.push(BlockHasher::default().hash(parent, &[token], &[]));
+        parent = Parent::Block(chain.last().unwrap());
+    }
+    chain
+}
+
+#[test]
+fn where_moving_is_scarce_blocks_in_use_stay_and_others_leave() {
+    // As full as can be: nearly every segment that is emptied holds blocks to move, more than the bound lets.
+    let scarce = DeviceConfig { fill: 1.0, max_write_amplification: 1.3, ..device(PolicyKind::Lru) };
+    let mut run = Run::new((2, scarce), Admission::Always, 1);
+    let hot = numbered(0, 6);
+    run.publish(&hot);
+    run.settle();
+    for round in 1..2000 {
+        let length = run.rng.random_range(11..=13);
+        // Memory has room for 16 blocks: most lookups find what only a device has.
+        run.publish(&numbered(round * 100, length));
+        assert_eq!(run.lookup(&hot), hot.len(), "round {round}");
+        run.release();
+        run.settle();
+    }
+    for device in run.core.devices() {
+        let amplification = device.counters.write_amplification();
+        assert!((1.29..1.31).contains(&amplification), "the bound must bind: {amplification}");
+    }
+    run.core.audit().unwrap();
 }
