@@ -7,10 +7,12 @@ pub mod devices;
 pub mod emulator;
 pub mod fuzz;
 pub mod gpu;
+mod memory;
 pub mod traces;
 pub mod wires;
 
 pub use checkpoints::{tiny_config, write_checkpoint};
+pub use memory::corrupt_in_memory;
 
 use cairn_client::{Block, CacheClient, ClientOptions};
 use cairn_proto::{BlockHash, Checksum, Dtype, KeySpace, Layout, SpaceParts, chain};

@@ -6,27 +6,6 @@
 use cairn_client::Stored;
 use cairn_proto::{MissReason, Outcome, pb};
 use cairn_tests::*;
-use std::os::unix::fs::FileExt;
-
-/// Flips one bit of the block that starts with these bytes, in whichever chunk of the server's memory holds it. The memory files are
-/// sealed against writing, so it goes through the server's own mapping.
-fn corrupt_in_memory(block: &[u8]) {
-    let memory = std::fs::OpenOptions::new().read(true).write(true).open("/proc/self/mem").unwrap();
-    for line in std::fs::read_to_string("/proc/self/maps").unwrap().lines() {
-        if !line.contains("cairn-host-chunk") || !line.contains("rw-s") {
-            continue;
-        }
-        let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
-        let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-        let mut content = vec![0; (end - start) as usize];
-        memory.read_exact_at(&mut content, start).unwrap();
-        let Some(at) = content.chunks(4096).position(|page| page.starts_with(&block[..64])) else { continue };
-        let at = at * 4096 + 12_345;
-        memory.write_all_at(&[content[at] ^ 0x10], start + at as u64).unwrap();
-        return;
-    }
-    panic!("the block is in no memory of the server");
-}
 
 /// A large view, which several threads verify, is right up to the first block that is not.
 #[tokio::test(flavor = "multi_thread")]

@@ -20,6 +20,12 @@ const PUBLISH_QUEUE_BYTES: usize = 256 << 20;
 /// Bytes that are read with the lookup: more is fetched once it is known that it is there.
 const READ_BYTES: usize = 32 << 20;
 
+/// Blocks in host memory are copied to the device and verified there, unless more than this part of what is loaded remains to be computed. Then they
+/// are verified where they are, and copied while their first layers are computed: that saves the time of the shorter of the two, and reading
+/// every byte on the CPU costs about what the bus does. By calculation, computing a token takes ten times as
+/// long as moving its state, or more (models of 1B to 8B, 400 TFLOP/s, a bus of 50 GB/s).
+const OVERLAP_FROM: usize = 16;
+
 /// Blocks of one fetch: bounds what one late block can spoil, and the message sizes.
 const FETCH_BLOCKS: usize = 512;
 
@@ -50,6 +56,8 @@ pub(crate) struct LoadJob {
     pub(crate) hashes: Vec<BlockHash>,
     /// Its tokens.
     pub(crate) tokens: Vec<u32>,
+    /// Tokens of the prompt in all.
+    pub(crate) prompt: usize,
     /// Blocks that need no loading.
     pub(crate) first: usize,
     /// Blocks that there is room for.
@@ -67,8 +75,8 @@ pub(crate) struct Loaded {
     /// Verified blocks from `first` on, in canonical order.
     pub(crate) arrived: Option<LoadedBlocks>,
     pub(crate) blocks: usize,
-    /// Of them, those that came from the memory of a GPU.
-    pub(crate) near: usize,
+    /// Of them, those that were verified on the device, and of these those that came from the memory of a GPU.
+    pub(crate) near: (usize, usize),
     /// How they came.
     pub(crate) wire: Option<WireKind>,
     pub(crate) delegated: bool,
@@ -154,7 +162,7 @@ impl Share {
             resident: self.client.is_connected().then_some(resident),
             arrived: None,
             blocks: 0,
-            near: 0,
+            near: (0, 0),
             wire: fetched.wire,
             delegated,
             elapsed: Duration::ZERO,
@@ -227,7 +235,9 @@ impl Share {
         let gpus = near.as_ref().map(NearRoom::gpus).unwrap_or_default();
         let reach = Reach { gpus: &gpus, blocks: near.as_ref().map_or(0, NearRoom::blocks) };
         let view = self.client.fetch_view_near(run, job.first, end - job.first, reach).await;
-        let verified = match self.verify(near, view).await {
+        let remaining = job.prompt.saturating_sub(end * self.space.layout().block_tokens());
+        let host = remaining * OVERLAP_FROM <= (end - job.first) * self.space.layout().block_tokens();
+        let verified = match self.verify(near.map(|near| (near, host)), view).await {
             Some(verified) => Some(verified),
             None => {
                 let view = self.client.fetch_view(run, job.first, end - job.first).await;
@@ -237,18 +247,23 @@ impl Share {
         let Some((view, near, blocks)) = verified else { return };
         loaded.wire = view.wire();
         loaded.blocks = blocks;
-        loaded.near = near.as_ref().map_or(0, |near| near.count(blocks));
+        loaded.near = near.as_ref().map_or((0, 0), |near| near.count(blocks));
         loaded.arrived = (blocks > 0).then_some(LoadedBlocks::InPlace(Box::new(view), near));
     }
 
-    /// Verifies a view up to its first block that is not right, with copies of those on a GPU; none when they could not be copied.
-    async fn verify(&self, near: Option<NearRoom>, view: View) -> Option<(View, Option<NearBlocks>, usize)> {
+    /// Verifies a view up to its first block that is not right, with copies on the device of those on a GPU and maybe of those in host memory; none
+    /// when they could not be copied.
+    async fn verify(
+        &self,
+        near: Option<(NearRoom, bool)>,
+        view: View,
+    ) -> Option<(View, Option<NearBlocks>, usize)> {
         let block_bytes = self.space.block_bytes() as usize;
         // Verifying reads every byte once.
         let verified = tokio::task::spawn_blocking(move || {
-            let copied = near.map(|near| near.copy(&view, block_bytes)).transpose();
+            let copied = near.map(|(near, host)| near.copy(&view, block_bytes, host)).transpose();
             let near = copied
-                .inspect_err(|error| tracing::warn!(%error, "blocks were not copied from a GPU"))
+                .inspect_err(|error| tracing::warn!(%error, "blocks were not copied to the device"))
                 .ok()?;
             let blocks = view.verify_all();
             if let Some(Err(outcome)) = (blocks < view.len()).then(|| view.block(blocks)) {

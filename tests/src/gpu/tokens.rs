@@ -1,11 +1,14 @@
 //! The runtime on the device against the runtime on the CPU, and against itself through a cache.
 
 use crate::{config, server_and_client};
-use cairn_client::ClientOptions;
+use cairn_client::{CacheClient, ClientOptions};
+use cairn_gpu::backend::cuda::CudaDevice;
+use cairn_proto::KeySpace;
 use cairn_runtime::*;
 use cairn_server::Server;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -118,15 +121,11 @@ pub(super) fn patient(url: &str) -> ClientOptions {
     client
 }
 
-fn options(device: &ComputeDevice, folder: &std::path::Path, server: &Server) -> WorkerOptions {
+fn options(device: &ComputeDevice, folder: &Path, server: &Server) -> WorkerOptions {
     worker_options(device, folder, patient(&format!("http://{}", server.address())))
 }
 
-pub(super) fn worker_options(
-    device: &ComputeDevice,
-    folder: &std::path::Path,
-    cache: ClientOptions,
-) -> WorkerOptions {
+pub(super) fn worker_options(device: &ComputeDevice, folder: &Path, cache: ClientOptions) -> WorkerOptions {
     WorkerOptions {
         listen: ([127, 0, 0, 1], 0).into(),
         model: ModelPath::Files(folder.into()),
@@ -155,6 +154,8 @@ pub(super) struct Answer {
     pub(super) loaded: u64,
     /// Of these, from the memory of a GPU.
     pub(super) from_gpu: u64,
+    /// Of these, verified on the device.
+    verified_there: u64,
     /// In all: also what another request had loaded or computed already.
     cached: u64,
 }
@@ -170,6 +171,7 @@ pub(super) async fn ask(worker: &Worker, prompt: &[u32], cache: bool, temperatur
         tokens: ids.iter().map(|id| id.as_u64().expect("an id") as u32).collect(),
         loaded: body["cairn"]["loaded_tokens"].as_u64().expect("a number"),
         from_gpu: body["cairn"]["gpu_tokens"].as_u64().expect("a number"),
+        verified_there: body["cairn"]["device_verified_tokens"].as_u64().expect("a number"),
         cached: body["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a number"),
     }
 }
@@ -183,9 +185,15 @@ pub fn identical_through_the_cache(device: &ComputeDevice, seed: u64) {
     runtime.block_on(through_the_cache(device, seed));
 }
 
+/// Whether the device copies out of memory that it must not write.
+fn reads_in_place(device: &ComputeDevice) -> bool {
+    let ComputeDevice::Cuda { ordinal, folders } = device else { return false };
+    CudaDevice::open(*ordinal, folders.clone()).expect("the device").registers_read_only()
+}
+
 async fn through_the_cache(device: &ComputeDevice, seed: u64) {
     let folder = small_checkpoint(3);
-    let (server, _) = server_and_client(config(4096)).await;
+    let (server, client) = server_and_client(config(4096)).await;
     let start = || Worker::start(options(device, folder.path(), &server));
     let first = start().await.expect("a worker");
     let prompt = prompt(403, seed);
@@ -197,6 +205,9 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
     let warm = ask(&second, &prompt, true, 0.0).await;
     assert_eq!(warm.loaded, 400, "everything but the last tokens is loaded");
     assert_eq!(warm.tokens, off.tokens, "warm differs from off");
+    let there = if reads_in_place(device) { 400 } else { 0 };
+    assert_eq!(warm.verified_there, there, "little is left to compute: no CPU reads the blocks");
+    other_ends(device, folder.path(), (&server, &client), &first, (&prompt, &off.tokens)).await;
     // The next turn, over the answer's own blocks, beside three others; one of them is drawn with a temperature.
     let mut longer = prompt.clone();
     longer.extend(&off.tokens);
@@ -212,7 +223,7 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
         }
         all
     };
-    crate::eventually("the answer's blocks too", || server.usage().resident_blocks > 25).await;
+    found(&client, first.space(), &longer[..longer.len() - 3]).await;
     let third = start().await.expect("a worker");
     let (a, b, c, d) = tokio::join!(
         ask(&third, &longer, true, 0.0),
@@ -233,6 +244,55 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
     server.audit().expect("the server's books are in order");
     likeliest(device, &first, &[prompt, off.tokens].concat());
     println!("tokens: the same with the cache off, cold and warm, alone and beside others");
+}
+
+/// Waits until all of a prompt is in the cache.
+async fn found(client: &CacheClient, space: &KeySpace, prompt: &[u32]) {
+    let names = cairn_proto::chain(space, prompt, |_| &[]);
+    for _ in 0..3000 {
+        if client.lookup(space, &names).await.resident() == names.len() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("not after thirty seconds: {} blocks in the cache", names.len());
+}
+
+/// The prompt's blocks with another end, and then with one of them gone bad.
+async fn other_ends(
+    device: &ComputeDevice,
+    folder: &Path,
+    (server, client): (&Server, &CacheClient),
+    first: &Worker,
+    (prompt, answer): (&[u32], &[u32]),
+) {
+    let start = || Worker::start(options(device, folder, server));
+    // Long enough that copies overlap with computing it.
+    let fork = [&prompt[..200], &self::prompt(150, 9)].concat();
+    let apart = ask(first, &fork, false, 0.0).await;
+    let warm = ask(&start().await.expect("a worker"), &fork, true, 0.0).await;
+    assert_eq!((warm.loaded, warm.verified_there), (192, 0), "loaded in place");
+    assert_eq!(warm.tokens, apart.tokens, "warm with another end differs from off");
+    let space = first.space();
+    let names = cairn_proto::chain(space, prompt, |_| &[]);
+    let run = client.lookup(space, &names).await.run.expect("they are there");
+    let mut block = [vec![0; space.block_bytes() as usize]];
+    assert!(client.fetch(&run, 7, &mut block).await.iter().all(|outcome| outcome.is_hit()));
+    drop(run);
+    crate::corrupt_in_memory(&block[0]);
+    let noticed = ask(&start().await.expect("a worker"), prompt, true, 0.0).await;
+    let there = if reads_in_place(device) { 112 } else { 0 };
+    assert_eq!(
+        (noticed.loaded, noticed.verified_there),
+        (112, there),
+        "what is right before the wrong block"
+    );
+    assert_eq!(noticed.tokens, answer, "tokens of wrong bytes");
+    crate::eventually("it is quarantined", || server.counters().quarantined_blocks == 1).await;
+    // Who finds it missing brings it back.
+    let again = ask(&start().await.expect("a worker"), prompt, true, 0.0).await;
+    assert_eq!((again.loaded, &again.tokens[..]), (112, answer), "after the wrong block left");
+    found(client, space, prompt).await;
 }
 
 /// The answer at the end of a sequence is what the logits of one pass over all of it say.

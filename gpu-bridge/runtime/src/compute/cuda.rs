@@ -4,6 +4,7 @@
 //! layer's part only. Gathers: a block that a pass completes leaves on the gather stream layer by layer, as soon as the layer has written it.
 //! A slot whose block is still leaving is not written before it has left.
 
+use super::registered::Registered;
 use super::{Gathered, Near, NearBlocks, Pass, Stager, heads, moves};
 use crate::model::Model;
 use bytes::Bytes;
@@ -17,22 +18,12 @@ use cairn_kernels::PackedMatrix;
 use cairn_kernels::WeightType;
 use cairn_kernels::cuda::ActType;
 use half::bf16;
-use memmap2::MmapRaw;
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
-
-/// Mappings that are registered at a time: they keep memory that the server has given up from being freed.
-const REGISTERED: usize = 256;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Rows for which passes of answers are captured.
 const GRAPH_ROWS: [usize; 10] = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64];
-
-/// Where blocks must begin for the kernels to read them.
-const ALIGNMENT: u64 = 16;
-
-/// A mapping that the driver would not take is tried again after this long.
-const REGISTER_AGAIN: Duration = Duration::from_secs(60);
 
 /// How long the last handle of a gather's memory may lag behind its event.
 const LETTING_GO: Duration = Duration::from_millis(1);
@@ -51,9 +42,9 @@ pub(crate) struct CudaCompute {
     most_rows: usize,
     /// Slots that are being read, by the event after which they are not.
     leaving: HashMap<Slot, Event>,
-    /// Mappings of the cache server's memory that copies read, by their address.
-    registered: HashMap<usize, Registration>,
-    /// The way to the cache server's memory on GPUs.
+    /// The cache server's host memory.
+    registered: Arc<Registered>,
+    /// For copies that are verified here.
     near: Option<Near>,
     /// Blocks that the last pass completed, by their slots.
     complete: Vec<(Vec<Slot>, Event, CudaShared)>,
@@ -79,12 +70,6 @@ impl Leaving {
     }
 }
 
-/// What the driver said to a mapping of the cache server's memory.
-enum Registration {
-    Shared(CudaShared),
-    Refused(Weak<MmapRaw>, Instant),
-}
-
 /// Pinned memory behind the bytes of blocks.
 struct Arrived(CudaPinned);
 
@@ -107,9 +92,10 @@ impl CudaCompute {
         let decoder = load(&device, stream, model, &shape, (rows, wanted))?;
         let kernels = device.move_kernels(shape)?;
         let pool = device.allocate(shape.pool_bytes())?;
-        let near = Near::new(&device);
+        let registered = Arc::new(Registered::new(&device));
+        let near = Near::new(&device, registered.clone());
         let near = near
-            .inspect_err(|error| tracing::warn!(%error, "blocks on GPUs come by way of host memory"))
+            .inspect_err(|error| tracing::warn!(%error, "no blocks are verified on the device; those on GPUs come by way of host memory"))
             .ok();
         tracing::info!(device = device.name(), pool_bytes = shape.pool_bytes(), "computing on CUDA");
         Ok(Self {
@@ -122,7 +108,7 @@ impl CudaCompute {
             loading: vec![Vec::new(); shape.layers],
             most_rows: rows.min(wanted),
             leaving: HashMap::new(),
-            registered: HashMap::new(),
+            registered,
             near,
             complete: Vec::new(),
             device,
@@ -218,8 +204,8 @@ impl CudaCompute {
         self.scatter(&[(staging, moves(&self.shape, slots))], None)
     }
 
-    /// Places verified blocks straight out of the cache server's host memory, or by way of a copy where that cannot be registered; and those
-    /// that were copied from a GPU.
+    /// Places verified blocks: those that were copied here, the others straight out of the cache server's host memory, or by way of one more copy
+    /// where that cannot be registered.
     pub(super) fn place_view(
         &mut self,
         view: View,
@@ -236,9 +222,9 @@ impl CudaCompute {
                 moves.push(BlockMove { staging_offset, slot: slot.0 as usize });
                 continue;
             }
-            let found = view.mapping(index).filter(|(_, offset)| offset.is_multiple_of(ALIGNMENT));
-            let found = found.filter(|_| self.device.registers_read_only());
-            let found = found.and_then(|(map, offset)| Some((self.registered(&map)?, map, offset)));
+            let found = view.mapping(index);
+            let found =
+                found.and_then(|(map, offset)| Some((self.registered.memory(&map, offset)?, map, offset)));
             let Some((memory, map, offset)) = found else {
                 copied.push((index, *slot));
                 continue;
@@ -266,38 +252,6 @@ impl CudaCompute {
         }
         sources.extend(copies_near);
         self.scatter(&sources, Some((view, near)))
-    }
-
-    /// A mapping of the cache server's memory, registered with the device; none if that cannot be.
-    fn registered(&mut self, map: &Arc<MmapRaw>) -> Option<CudaShared> {
-        let address = map.as_ptr().addr();
-        match self.registered.get(&address) {
-            Some(Registration::Shared(memory)) => return Some(memory.clone()),
-            Some(Registration::Refused(refused, at))
-                if refused.as_ptr() == Arc::as_ptr(map) && at.elapsed() < REGISTER_AGAIN =>
-            {
-                return None;
-            }
-            _ => {}
-        }
-        if self.registered.len() >= REGISTERED
-            && let Some(any) = self.registered.keys().next().copied()
-        {
-            self.registered.remove(&any);
-        }
-        match self.device.register(map.clone(), false) {
-            Ok(memory) => {
-                self.registered.insert(address, Registration::Shared(memory.clone()));
-                Some(memory)
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
-                // Asking again for every block would take long.
-                let refused = Registration::Refused(Arc::downgrade(map), Instant::now());
-                self.registered.insert(address, refused);
-                None
-            }
-        }
     }
 
     /// Issues the moves, layer by layer. Until the device has read them the blocks of `view` stay as they are.

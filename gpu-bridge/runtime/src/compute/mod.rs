@@ -4,6 +4,7 @@
 mod cuda;
 mod host;
 mod near;
+mod registered;
 
 use crate::forward::Row;
 use crate::model::{Model, ModelConfig};

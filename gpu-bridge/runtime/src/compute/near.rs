@@ -1,6 +1,8 @@
-//! Blocks that the cache server has in the memory of a GPU this worker reaches: copied from there to here without the host, and verified on
-//! the device. Other processes of the tenant can write to that memory, so what counts is the checksum of the copy.
+//! Blocks that are copied to this device as they are and verified on it: those that the cache server has in the memory of a GPU that is
+//! reached from here, and those in its host memory, for which no CPU reads a byte then. Other processes of the tenant can write to the memory of
+//! GPUs, so what counts is the checksum of the copy.
 
+use super::registered::Registered;
 use cairn_client::{GpuChunk, GpuUuid, View};
 use cairn_gpu::backend::cuda::{Checksums, CudaDevice, CudaMemory, CudaStream, IpcHandle, probe};
 use cairn_gpu::{Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
@@ -35,6 +37,8 @@ struct Inner {
     device: CudaDevice,
     /// This one's, and those that it reaches directly.
     gpus: Vec<GpuUuid>,
+    /// The server's host memory.
+    registered: Arc<Registered>,
     stream: CudaStream,
     checksums: Checksums,
     opened: Mutex<Opened>,
@@ -52,24 +56,41 @@ pub(crate) struct NearRoom {
     permit: Option<OwnedSemaphorePermit>,
 }
 
+/// Where a copy begins in the memory, and where it came from.
+#[derive(Clone, Copy)]
+struct Place {
+    at: usize,
+    from_gpu: bool,
+}
+
+/// Where a block is before it is copied.
+struct Source {
+    index: usize,
+    memory: Buffer<CudaDevice>,
+    offset: usize,
+    from_gpu: bool,
+}
+
 /// Verified copies of blocks of a view.
 pub(crate) struct NearBlocks {
     near: Near,
     room: Option<OwnedSemaphorePermit>,
     memory: Option<CudaMemory>,
     /// Where each block of the view begins in the memory, if it is there and right.
-    places: Vec<Option<usize>>,
+    places: Vec<Option<Place>>,
 }
 
 impl NearBlocks {
     /// Where a block is.
     pub(crate) fn place(&self, index: usize) -> Option<(CudaMemory, usize)> {
-        Some((self.memory.clone()?, self.places.get(index).copied().flatten()?))
+        let place = (*self.places.get(index)?)?;
+        Some((self.memory.clone()?, place.at))
     }
 
-    /// How many there are of the first so many blocks.
-    pub(crate) fn count(&self, blocks: usize) -> usize {
-        self.places.iter().take(blocks).flatten().count()
+    /// How many there are of the first so many blocks, and how many of these came from the memory of a GPU.
+    pub(crate) fn count(&self, blocks: usize) -> (usize, usize) {
+        let places = || self.places.iter().take(blocks).flatten();
+        (places().count(), places().filter(|place| place.from_gpu).count())
     }
 }
 
@@ -87,7 +108,7 @@ impl Drop for NearBlocks {
 impl Near {
     /// # Errors
     /// When the device has no stream or no kernels for it.
-    pub(super) fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
+    pub(super) fn new(device: &CudaDevice, registered: Arc<Registered>) -> Result<Self, DeviceError> {
         let info = device.info();
         let most_bytes = (info.memory_bytes / PART).max(LEAST_BYTES);
         let all = probe().unwrap_or_default();
@@ -95,6 +116,7 @@ impl Near {
         let inner = Arc::new(Inner {
             device: device.clone(),
             gpus: std::iter::once(info.uuid).chain(peers).collect(),
+            registered,
             stream: device.stream(Priority::Foreground)?,
             checksums: Checksums::load(device)?,
             opened: Mutex::default(),
@@ -132,15 +154,21 @@ impl NearRoom {
         self.blocks
     }
 
-    /// Copies the blocks of a view that are on GPUs, and verifies the copies; the view knows which are right. Blocks the thread.
+    /// Copies the blocks of a view that are on GPUs, and where `host` says so as many of those in host memory as there is room for, and verifies
+    /// the copies; the view knows which are right. Blocks the thread.
     ///
     /// # Errors
     /// When the memory cannot be opened or copied: the blocks have to come another way.
-    pub(crate) fn copy(self, view: &View, block_bytes: usize) -> Result<NearBlocks, DeviceError> {
-        let Self { near, permit, .. } = self;
+    pub(crate) fn copy(self, view: &View, block_bytes: usize, host: bool) -> Result<NearBlocks, DeviceError> {
+        let Self { near, blocks: room, permit } = self;
         let places = vec![None; view.len()];
+        let host = host && Checksums::can_be_made(block_bytes);
+        let mut sources = Vec::new();
+        for index in 0..room.min(view.len()) {
+            sources.extend(near.source(view, index, host)?);
+        }
         let mut blocks = NearBlocks { near: near.clone(), room: permit, memory: None, places };
-        near.fill(&mut blocks, view, block_bytes)?;
+        near.fill(&mut blocks, view, block_bytes, &sources)?;
         Ok(blocks)
     }
 }
@@ -153,31 +181,47 @@ impl Near {
         self.0.gpus.iter().filter(usable).copied().collect()
     }
 
-    fn fill(&self, blocks: &mut NearBlocks, view: &View, block_bytes: usize) -> Result<(), DeviceError> {
-        let places: Vec<_> = (0..view.len()).filter_map(|index| Some((index, view.on_gpu(index)?))).collect();
-        let bytes = places.len() * block_bytes;
+    /// Where a block can be copied from, if anywhere.
+    fn source(&self, view: &View, index: usize, host: bool) -> Result<Option<Source>, DeviceError> {
+        if let Some((chunk, offset)) = view.on_gpu(index) {
+            let memory = Buffer::Device(self.open(chunk)?);
+            return Ok(Some(Source { index, memory, offset: offset as usize, from_gpu: true }));
+        }
+        let Some((map, offset)) = view.mapping(index).filter(|_| host) else { return Ok(None) };
+        let memory = self.0.registered.memory(&map, offset).map(Buffer::Pinned);
+        Ok(memory.map(|memory| Source { index, memory, offset: offset as usize, from_gpu: false }))
+    }
+
+    fn fill(
+        &self,
+        blocks: &mut NearBlocks,
+        view: &View,
+        block_bytes: usize,
+        sources: &[Source],
+    ) -> Result<(), DeviceError> {
+        let bytes = sources.len() * block_bytes;
         // The rest is for others.
         blocks.room = blocks.room.take().and_then(|mut room| room.split(units(bytes) as usize));
-        if places.is_empty() {
+        if sources.is_empty() {
             return Ok(());
         }
         let memory = self.memory(bytes)?;
-        let mut copies = Vec::with_capacity(places.len());
-        let mut seeds = Vec::with_capacity(places.len());
-        for (i, (index, (chunk, offset))) in places.iter().enumerate() {
-            let source = self.open(chunk)?;
+        let mut copies = Vec::with_capacity(sources.len());
+        let mut seeds = Vec::with_capacity(sources.len());
+        for (i, source) in sources.iter().enumerate() {
             let region = |buffer, offset| Region { buffer, offset, bytes: block_bytes };
             copies.push(Copy {
-                source: region(Buffer::Device(source), *offset as usize),
+                source: region(source.memory.clone(), source.offset),
                 target: region(Buffer::Device(memory.clone()), i * block_bytes),
             });
-            seeds.push((i * block_bytes, view.seed(*index)));
+            seeds.push((i * block_bytes, view.seed(source.index)));
         }
         self.0.stream.copy(copies)?;
         let sums = self.0.checksums.of(&self.0.stream, &memory, block_bytes, &seeds)?;
-        for (i, ((index, _), sum)) in places.iter().zip(sums).enumerate() {
-            let right = view.accept(*index, Checksum(sum)).is_ok();
-            blocks.places[*index] = right.then_some(i * block_bytes);
+        for (i, (source, sum)) in sources.iter().zip(sums).enumerate() {
+            let right = view.accept(source.index, Checksum(sum)).is_ok();
+            let place = Place { at: i * block_bytes, from_gpu: source.from_gpu };
+            blocks.places[source.index] = right.then_some(place);
         }
         blocks.memory = Some(memory);
         Ok(())

@@ -211,6 +211,7 @@ impl Loop {
                     room: sequence.slots.len() - local,
                     hashes: sequence.hashes[..reusable].to_vec(),
                     tokens: sequence.tokens[..reusable * block_tokens].to_vec(),
+                    prompt: sequence.tokens.len(),
                     first: local,
                     may_delegate: sequence.work != Work::Prefill,
                     stager: self.compute.stager(),
@@ -254,8 +255,12 @@ impl Loop {
         }
         match loaded.arrived.map(|arrived| self.scatter(&mut sequence, arrived, count)) {
             Some(Ok(())) => {
-                let near = loaded.near * self.shape.block_tokens;
-                sequence.summary.gpu_tokens = near.min(sequence.summary.loaded_tokens);
+                let tokens =
+                    |blocks: usize| (blocks * self.shape.block_tokens).min(sequence.summary.loaded_tokens);
+                let (copied, from_gpu) = loaded.near;
+                let (copied, from_gpu) = (tokens(copied), tokens(from_gpu));
+                sequence.summary.device_verified_tokens = copied;
+                sequence.summary.gpu_tokens = from_gpu;
             }
             Some(Err(error)) => {
                 tracing::error!(%error, "loaded blocks could not be placed; they are computed instead");
@@ -535,6 +540,7 @@ impl Loop {
         sequence.summary.local_tokens = 0;
         sequence.summary.loaded_tokens = 0;
         sequence.summary.gpu_tokens = 0;
+        sequence.summary.device_verified_tokens = 0;
         self.crowded = true;
         self.waiting.push_front(sequence);
     }

@@ -44,6 +44,8 @@ pub struct Summary {
     pub loaded_tokens: usize,
     /// Of those, from the memory of a GPU.
     pub gpu_tokens: usize,
+    /// Of `loaded_tokens`, those that were verified on the device.
+    pub device_verified_tokens: usize,
     /// Bytes of that state.
     pub loaded_bytes: u64,
     /// How they came.

@@ -168,6 +168,7 @@ fn add_usage(body: &mut Value, summary: &Summary) {
         "local_tokens": summary.local_tokens,
         "loaded_tokens": summary.loaded_tokens,
         "gpu_tokens": summary.gpu_tokens,
+        "device_verified_tokens": summary.device_verified_tokens,
         "loaded_bytes": summary.loaded_bytes,
         "wire": summary.wire.map(WireKind::name),
         "load_ms": summary.load_ms,

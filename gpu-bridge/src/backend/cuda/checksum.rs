@@ -42,6 +42,11 @@ impl Checksums {
         })
     }
 
+    /// Whether [`Self::of`] takes blocks of so many bytes.
+    pub const fn can_be_made(bytes: usize) -> bool {
+        bytes >= LEAST_BYTES && bytes.is_multiple_of(16)
+    }
+
     /// XXH3-128 of blocks of `bytes` each, given where each begins in `data` and its seed; little endian. Blocks the thread until all that
     /// was issued to the stream has ended.
     ///
@@ -54,7 +59,7 @@ impl Checksums {
         bytes: usize,
         blocks: &[(usize, u64)],
     ) -> Result<Vec<[u8; 16]>, DeviceError> {
-        if bytes < LEAST_BYTES || !bytes.is_multiple_of(16) {
+        if !Self::can_be_made(bytes) {
             return Err(DeviceError::Failed(format!(
                 "no checksum of {bytes} bytes: at least {LEAST_BYTES}, and a multiple of 16"
             )));
