@@ -345,24 +345,28 @@ struct Fragments {
 template <class Widen> static void product(int site, float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Widen widen) {
     unsigned lane = machine.current % LANES;
     const Fragments* all = exchange(site, Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-    auto half_of = [&](unsigned word, unsigned i) { return widen((unsigned short)(word >> 16 * (i % 2))); };
-    for (unsigned i = 0; i < 4; i++) {
-        unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = d[i];
-        for (unsigned k = 0; k < 16; k++) {
-            Fragments left = of_lane(all, row % 8 * 4 + k % 8 / 2), right = of_lane(all, column * 4 + k % 8 / 2);
-            sum += (double)half_of(left.a[k / 8 * 2 + row / 8], k) * half_of(right.b[k / 8], k);
+    auto of = [&](unsigned lane) { return (const Fragments*)((const unsigned char*)all + lane * sizeof(Shown)); };
+    // Each lane has the products of two rows, eight apart, and two columns beside each other.
+    double rows[2][16], columns[2][16];
+    for (unsigned i = 0; i < 2; i++) {
+        for (unsigned k = 0; k < 16; k += 2) {
+            unsigned left = of(lane / 4 * 4 + k % 8 / 2)->a[k / 8 * 2 + i], right = of((lane % 4 * 2 + i) * 4 + k % 8 / 2)->b[k / 8];
+            rows[i][k] = widen((unsigned short)left), rows[i][k + 1] = widen((unsigned short)(left >> 16));
+            columns[i][k] = widen((unsigned short)right), columns[i][k + 1] = widen((unsigned short)(right >> 16));
         }
-        d[i] = (float)sum;
     }
+    double sums[4] = {d[0], d[1], d[2], d[3]};
+    for (unsigned k = 0; k < 16; k++)
+        for (unsigned i = 0; i < 4; i++) sums[i] += rows[i / 2][k] * columns[i % 2][k];
+    for (unsigned i = 0; i < 4; i++) d[i] = (float)sums[i];
 }
 
 }  // namespace emulated
 }  // namespace
 
 static inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    emulated::product(__LINE__, d, a, b0, b1, bf16_widened);
+    emulated::product(__LINE__, d, a, b0, b1, [](unsigned short bits) { return bf16_widened(bits); });
 }
 static inline void mma_f16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    emulated::product(__LINE__, d, a, b0, b1, f16_to_float);
+    emulated::product(__LINE__, d, a, b0, b1, [](unsigned short bits) { return f16_to_float(bits); });
 }
