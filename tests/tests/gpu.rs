@@ -50,6 +50,7 @@ fn memory_is_shared_with_processes_mappings_and_cards() {
 fn tokens_are_those_of_the_cpu_and_the_same_through_a_cache() {
     passes(&["tokens"], &[("CAIRN_EMULATOR_SEED", "4")]);
     passes(&["tokens"], &[("CAIRN_EMULATOR_SEED", "5"), ("CAIRN_EMULATOR_OLD", "1")]);
+    passes(&["full"], &[("CAIRN_EMULATOR_MIB", "256")]);
 }
 
 #[test]

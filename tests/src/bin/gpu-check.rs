@@ -32,6 +32,8 @@ enum Check {
     Host,
     /// A device that is lost in the middle: only with the emulator, and only by name.
     Lost,
+    /// A worker whose device has no memory left, likewise.
+    Full,
     /// A worker whose device is lost, likewise.
     LostWorker,
     /// A cache server whose device is lost, likewise: after so many operations as `--lose-after` says.
@@ -121,6 +123,10 @@ fn main() -> ExitCode {
     }
     if named(Check::Lost) {
         sharing::lost(&device);
+        return ExitCode::SUCCESS;
+    }
+    if named(Check::Full) {
+        tokens::identical_without_room(&device, &ComputeDevice::Cuda { ordinal: options.device, folders });
         return ExitCode::SUCCESS;
     }
     if named(Check::LostWorker) {

@@ -2,6 +2,7 @@
 
 use crate::{config, server_and_client};
 use cairn_client::{CacheClient, ClientOptions};
+use cairn_gpu::Device;
 use cairn_gpu::backend::cuda::CudaDevice;
 use cairn_proto::KeySpace;
 use cairn_runtime::*;
@@ -293,6 +294,39 @@ async fn other_ends(
     let again = ask(&start().await.expect("a worker"), prompt, true, 0.0).await;
     assert_eq!((again.loaded, &again.tokens[..]), (112, answer), "after the wrong block left");
     found(client, space, prompt).await;
+}
+
+/// A device that was filled up after the worker started: blocks are verified by the CPU, and loaded all the same. Only for the emulator.
+///
+/// # Panics
+/// When they are not.
+pub fn identical_without_room(cuda: &CudaDevice, device: &ComputeDevice) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(async {
+        let folder = small_checkpoint(3);
+        let (server, client) = server_and_client(config(512)).await;
+        let worker = Worker::start(options(device, folder.path(), &server)).await.expect("a worker");
+        let prompt = prompt(403, 1);
+        let off = ask(&worker, &prompt, false, 0.0).await;
+        let other = Worker::start(options(device, folder.path(), &server)).await.expect("a worker");
+        // What a first load takes of the device is there before it is full.
+        let short = self::prompt(67, 2);
+        for prompt in [&short, &prompt] {
+            ask(&other, prompt, true, 0.0).await;
+            found(&client, worker.space(), prompt).await;
+        }
+        let first = ask(&worker, &short, true, 0.0).await;
+        assert_eq!((first.loaded, first.verified_there), (64, 64), "there is room yet");
+        let mut filled = Vec::new();
+        for bytes in [1 << 20, 1 << 16] {
+            filled.extend(std::iter::from_fn(|| cuda.allocate(bytes).ok()));
+        }
+        let warm = ask(&worker, &prompt, true, 0.0).await;
+        assert_eq!((warm.loaded, warm.verified_there), (400, 0), "{} pieces of memory taken", filled.len());
+        assert_eq!(warm.tokens, off.tokens, "warm differs from off");
+        drop(filled);
+        println!("tokens: the same where no memory is left on the device");
+    });
 }
 
 /// The answer at the end of a sequence is what the logits of one pass over all of it say.

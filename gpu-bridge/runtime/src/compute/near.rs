@@ -168,8 +168,13 @@ impl NearRoom {
             sources.extend(near.source(view, index, host)?);
         }
         let mut blocks = NearBlocks { near: near.clone(), room: permit, memory: None, places };
-        near.fill(&mut blocks, view, block_bytes, &sources)?;
-        Ok(blocks)
+        match near.fill(&mut blocks, view, block_bytes, &sources) {
+            Err(DeviceError::OutOfMemory { bytes }) if sources.iter().all(|source| !source.from_gpu) => {
+                tracing::warn!(bytes, "no memory on the device to verify blocks there; the CPU does");
+                Ok(blocks)
+            }
+            filled => filled.map(|()| blocks),
+        }
     }
 }
 
