@@ -82,10 +82,13 @@ static Fiber& self() { return machine.fibers[machine.current]; }
     if (!_setjmp(self().context)) _longjmp(machine.scheduler, 1);
 }
 
+// A fiber goes from one block to the next, and from launch to launch: starting one asks the system to save signal masks.
 static void fiber_main() {
-    machine.entry(machine.arguments);
-    self().state = State::Done;
-    _longjmp(machine.scheduler, 1);
+    for (;;) {
+        machine.entry(machine.arguments);
+        self().state = State::Done;
+        leave();
+    }
 }
 
 [[gnu::noinline]] static void resume(unsigned thread) {
@@ -172,7 +175,6 @@ static bool run_warp(unsigned warp) {
 static void run_block() {
     for (unsigned i = 0; i < machine.threads; i++) {
         Fiber& fiber = machine.fibers[i];
-        fiber.started = false;
         fiber.state = State::Ready;
         fiber.exchanges = 0;
         fiber.thread = Index{i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
@@ -248,7 +250,11 @@ extern "C" __attribute__((visibility("default"))) const char* cairn_emulated_lau
     for (uint64_t i : order) {
         block_index = Index{(unsigned)(i % grid[0]), (unsigned)(i / grid[0] % grid[1]), (unsigned)(i / grid[0] / grid[1])};
         run_block();
-        if (!machine.failure.empty()) return machine.failure.c_str();
+        if (!machine.failure.empty()) {
+            // They are in the middle of the kernel.
+            for (Fiber& fiber : machine.fibers) fiber.started = false;
+            return machine.failure.c_str();
+        }
     }
     return nullptr;
 }
