@@ -299,8 +299,10 @@ async fn an_expired_lease_is_a_miss_and_the_bytes_can_be_found_again() {
 async fn a_dead_or_silent_server_is_a_miss_within_the_deadline() {
     let space = space("t");
     let chain = hashes(&space, 1, 3);
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let client = client_at(&format!("http://{closed}"));
+    // Bound and never listening: nobody else gets the port.
+    let closed = tokio::net::TcpSocket::new_v4().unwrap();
+    closed.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let client = client_at(&format!("http://{}", closed.local_addr().unwrap()));
     assert_eq!(client.lookup(&space, &chain).await.outcomes, vec![Outcome::Miss(MissReason::PeerDown); 3]);
     assert!(client.stats().await.unwrap_err().message.contains("cannot be reached"));
 
