@@ -192,6 +192,7 @@ impl Core {
         let Some(place) = entry.place() else { return };
         entry.set_place(None);
         entry.disk.durable = false;
+        entry.disk.uses = 0;
         let pages = self.record_pages(self.index[id].space);
         self.disks.drop_live(place, pages);
     }
@@ -304,7 +305,6 @@ impl Core {
         let entry = &mut self.index[id];
         entry.disk.copying = if relocation { Copying::Relocating } else { Copying::First };
         entry.disk.queued = false;
-        entry.disk.uses = entry.disk.uses.saturating_sub(1);
         if !relocation {
             entry.set_place(Some(place));
             entry.disk.ordered = true;
@@ -485,7 +485,9 @@ impl Core {
                     self.disks.drop_live(from, pages);
                     self.disks.segments[from.segment as usize].wait_sync = wait_sync;
                 }
-                self.index[id].set_place(Some(to));
+                let entry = &mut self.index[id];
+                entry.set_place(Some(to));
+                entry.disk.uses = entry.disk.uses.saturating_sub(1);
                 if !resident && !leaves {
                     // The new copy of a block that must not come back: its old one is marked already.
                     self.disks.devices[device].erases.push(to);

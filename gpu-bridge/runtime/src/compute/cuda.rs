@@ -126,6 +126,16 @@ impl CudaCompute {
     }
 
     pub(super) fn pass(&mut self, pass: &Pass<'_>) -> Result<Vec<u32>, DeviceError> {
+        match self.try_pass(pass) {
+            // It stores the same once more, behind what was issued already.
+            Err(DeviceError::OutOfMemory { .. }) if self.near.as_ref().is_some_and(Near::let_go) => {
+                self.try_pass(pass)
+            }
+            passed => passed,
+        }
+    }
+
+    fn try_pass(&mut self, pass: &Pass<'_>) -> Result<Vec<u32>, DeviceError> {
         self.complete.clear();
         self.wait_for_leaving(pass)?;
         self.loading.iter_mut().for_each(|layer| layer.retain(|event| event.outcome().is_none()));

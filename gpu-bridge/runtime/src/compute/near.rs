@@ -164,17 +164,21 @@ impl NearRoom {
         let places = vec![None; view.len()];
         let host = host && Checksums::can_be_made(block_bytes);
         let mut sources = Vec::new();
-        for index in 0..room.min(view.len()) {
-            sources.extend(near.source(view, index, host)?);
+        for index in 0..view.len() {
+            // Also what is not copied here: so the engine's thread finds it registered.
+            let source = near.source(view, index)?;
+            sources.extend(source.filter(|source| index < room && (host || source.from_gpu)));
         }
         let mut blocks = NearBlocks { near: near.clone(), room: permit, memory: None, places };
-        match near.fill(&mut blocks, view, block_bytes, &sources) {
-            Err(DeviceError::OutOfMemory { bytes }) if sources.iter().all(|source| !source.from_gpu) => {
-                tracing::warn!(bytes, "no memory on the device to verify blocks there; the CPU does");
-                Ok(blocks)
-            }
-            filled => filled.map(|()| blocks),
+        let mut filled = near.fill(&mut blocks, view, block_bytes, &sources);
+        if let Err(DeviceError::OutOfMemory { bytes }) = filled
+            && sources.iter().any(|source| !source.from_gpu)
+        {
+            tracing::warn!(bytes, "no memory on the device to verify blocks there; the CPU does");
+            sources.retain(|source| source.from_gpu);
+            filled = near.fill(&mut blocks, view, block_bytes, &sources);
         }
+        filled.map(|()| blocks)
     }
 }
 
@@ -187,12 +191,12 @@ impl Near {
     }
 
     /// Where a block can be copied from, if anywhere.
-    fn source(&self, view: &View, index: usize, host: bool) -> Result<Option<Source>, DeviceError> {
+    fn source(&self, view: &View, index: usize) -> Result<Option<Source>, DeviceError> {
         if let Some((chunk, offset)) = view.on_gpu(index) {
             let memory = Buffer::Device(self.open(chunk)?);
             return Ok(Some(Source { index, memory, offset: offset as usize, from_gpu: true }));
         }
-        let Some((map, offset)) = view.mapping(index).filter(|_| host) else { return Ok(None) };
+        let Some((map, offset)) = view.mapping(index) else { return Ok(None) };
         let memory = self.0.registered.memory(&map, offset).map(Buffer::Pinned);
         Ok(memory.map(|memory| Source { index, memory, offset: offset as usize, from_gpu: false }))
     }
@@ -221,8 +225,13 @@ impl Near {
             });
             seeds.push((i * block_bytes, view.seed(source.index)));
         }
-        self.0.stream.copy(copies)?;
-        let sums = self.0.checksums.of(&self.0.stream, &memory, block_bytes, &seeds)?;
+        let copied = self.0.stream.copy(copies);
+        let sums = copied.and_then(|()| self.0.checksums.of(&self.0.stream, &memory, block_bytes, &seeds));
+        if sums.is_err() {
+            // What was issued may still read blocks that are let go as soon as this returns, and keeps the memory.
+            self.0.stream.synchronize().ok();
+        }
+        let sums = sums?;
         for (i, (source, sum)) in sources.iter().zip(sums).enumerate() {
             let right = view.accept(source.index, Checksum(sum)).is_ok();
             let place = Place { at: i * block_bytes, from_gpu: source.from_gpu };
@@ -244,7 +253,16 @@ impl Near {
         };
         // Without the lock, because the driver may wait for the device before it frees anything.
         drop(in_the_way);
-        self.0.device.allocate(bytes)
+        match self.0.device.allocate(bytes) {
+            Err(DeviceError::OutOfMemory { .. }) if self.let_go() => self.0.device.allocate(bytes),
+            allocated => allocated,
+        }
+    }
+
+    /// Frees memory that is only kept for copies to come; says whether there was any.
+    pub(super) fn let_go(&self) -> bool {
+        let kept = std::mem::take(&mut *lock(&self.0.kept));
+        !kept.is_empty()
     }
 
     fn open(&self, chunk: &Arc<GpuChunk>) -> Result<CudaMemory, DeviceError> {

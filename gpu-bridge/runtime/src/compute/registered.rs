@@ -3,10 +3,10 @@
 use cairn_gpu::backend::cuda::{CudaDevice, CudaShared};
 use memmap2::MmapRaw;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// Mappings that are registered at a time: they keep memory that the server has given up from being freed.
+/// Mappings that are registered at a time, but for those in use: they keep memory that the server has given up from being freed.
 const REGISTERED: usize = 256;
 
 /// Where blocks must begin for the kernels to read them.
@@ -15,10 +15,13 @@ const ALIGNMENT: u64 = 16;
 /// A mapping that the driver would not take is tried again after this long.
 const REGISTER_AGAIN: Duration = Duration::from_secs(60);
 
-/// Mappings of a device, by their address.
+/// Mappings of a device.
 pub(super) struct Registered {
     device: CudaDevice,
+    /// By their address.
     known: Mutex<HashMap<usize, Registration>>,
+    /// One registers at a time, and nobody who looks for what is registered waits for that.
+    registering: Mutex<()>,
 }
 
 /// What the driver said to a mapping.
@@ -29,7 +32,7 @@ enum Registration {
 
 impl Registered {
     pub(super) fn new(device: &CudaDevice) -> Self {
-        Self { device: device.clone(), known: Mutex::default() }
+        Self { device: device.clone(), known: Mutex::default(), registering: Mutex::default() }
     }
 
     /// The memory of a mapping in which a block begins at `offset`; none if the device cannot read the block there. The first time for a mapping
@@ -38,34 +41,57 @@ impl Registered {
         if !self.device.registers_read_only() || !offset.is_multiple_of(ALIGNMENT) {
             return None;
         }
-        let address = map.as_ptr().addr();
-        // Every change is a single insertion or removal, so a panic elsewhere leaves the whole.
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        match known.get(&address) {
-            Some(Registration::Shared(memory)) => return Some(memory.clone()),
-            Some(Registration::Refused(refused, at))
-                if refused.as_ptr() == Arc::as_ptr(map) && at.elapsed() < REGISTER_AGAIN =>
-            {
-                return None;
-            }
-            _ => {}
+        if let Some(found) = self.find(map) {
+            return found;
         }
-        if known.len() >= REGISTERED
-            && let Some(any) = known.keys().next().copied()
-        {
-            known.remove(&any);
+        let _alone = lock(&self.registering);
+        // Another may have done it meanwhile.
+        if let Some(found) = self.find(map) {
+            return found;
         }
-        match self.device.register(map.clone(), false) {
-            Ok(memory) => {
-                known.insert(address, Registration::Shared(memory.clone()));
-                Some(memory)
-            }
+        drop(self.make_room());
+        let registration = match self.device.register(map.clone(), false) {
+            Ok(memory) => Registration::Shared(memory),
             Err(error) => {
                 tracing::warn!(%error, "the cache server's memory cannot be registered with the device; blocks are copied once more");
                 // Asking again for every block would take long.
-                known.insert(address, Registration::Refused(Arc::downgrade(map), Instant::now()));
-                None
+                Registration::Refused(Arc::downgrade(map), Instant::now())
             }
+        };
+        lock(&self.known).insert(map.as_ptr().addr(), registration);
+        self.find(map).flatten()
+    }
+
+    /// What is known of a mapping: its memory, or that there is none.
+    fn find(&self, map: &Arc<MmapRaw>) -> Option<Option<CudaShared>> {
+        match lock(&self.known).get(&map.as_ptr().addr())? {
+            Registration::Shared(memory) => Some(Some(memory.clone())),
+            Registration::Refused(refused, at)
+                if refused.as_ptr() == Arc::as_ptr(map) && at.elapsed() < REGISTER_AGAIN =>
+            {
+                Some(None)
+            }
+            Registration::Refused(..) => None,
         }
     }
+
+    /// Forgets a mapping that no copy uses, if there are too many; it is let go outside the lock, as the driver may wait for the device.
+    fn make_room(&self) -> Option<Registration> {
+        let mut known = lock(&self.known);
+        if known.len() < REGISTERED {
+            return None;
+        }
+        let unused = |registration: &Registration| match registration {
+            Registration::Shared(memory) => memory.is_alone(),
+            Registration::Refused(..) => true,
+        };
+        // One that is in use stays registered anyway, and could not be registered again.
+        let any = known.iter().find(|(_, registration)| unused(registration)).map(|(address, _)| *address)?;
+        known.remove(&any)
+    }
+}
+
+/// Every change is a single insertion or removal, so a panic elsewhere leaves the whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

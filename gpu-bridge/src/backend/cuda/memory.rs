@@ -259,6 +259,11 @@ impl CudaShared {
         Self(Arc::new(buffer.0))
     }
 
+    /// Whether this is the only handle.
+    pub fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+
     /// The memory again, if this is the last handle and it was pinned here.
     pub(super) fn reclaim(self) -> Result<CudaPinned, Self> {
         if !matches!(self.0.origin, Origin::Pinned) {
