@@ -353,6 +353,9 @@ pub(super) fn check_inside(offset: usize, bytes: usize, len: usize) -> Result<()
     if end > len { Err(DeviceError::OutOfBounds { offset, end, len }) } else { Ok(()) }
 }
 
+/// Copies are made one no further than this: a small copy of another stream waits for the one that is going on, a fraction of a millisecond then.
+const MERGED_BYTES: usize = 8 << 20;
+
 /// Copies that continue each other on both sides, as one.
 fn merge(mut spans: Vec<Span>) -> Vec<Span> {
     spans.retain(|span| span.bytes > 0);
@@ -361,6 +364,7 @@ fn merge(mut spans: Vec<Span>) -> Vec<Span> {
         match merged.last_mut() {
             Some(last)
                 if last.within == span.within
+                    && last.bytes + span.bytes <= MERGED_BYTES
                     && last.source + last.bytes as u64 == span.source
                     && last.target + last.bytes as u64 == span.target =>
             {
@@ -454,5 +458,7 @@ mod tests {
         assert_eq!(merged, [span(0, 100, 16), span(16, 200, 8)]);
         let next = Span { within: [8, 100], ..span(8, 108, 8) };
         assert_eq!(merge(vec![span(0, 100, 8), next]).len(), 2, "not across two memories");
+        let long = MERGED_BYTES as u64;
+        assert_eq!(merge(vec![span(0, 0, MERGED_BYTES), span(long, long, 4)]).len(), 2, "not without end");
     }
 }
