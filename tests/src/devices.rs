@@ -21,7 +21,7 @@ pub fn with_device(slots: u64, folder: &Path, capacity_mib: u64) -> Config {
 /// Publishes a chain, however long it takes to find room.
 ///
 /// # Panics
-/// When there is no room for five seconds.
+/// When there is no room for half a minute.
 pub async fn publish(client: &CacheClient, space: &KeySpace, chain: &[BlockHash]) {
     publish_after(client, space, None, chain).await;
 }
@@ -29,14 +29,14 @@ pub async fn publish(client: &CacheClient, space: &KeySpace, chain: &[BlockHash]
 /// As [`publish`], after a block.
 ///
 /// # Panics
-/// When there is no room for five seconds.
+/// When there is no room for half a minute.
 pub async fn publish_after(
     client: &CacheClient,
     space: &KeySpace,
     parent: Option<BlockHash>,
     chain: &[BlockHash],
 ) {
-    for _ in 0..500 {
+    for _ in 0..crate::PATIENCE {
         let stored = client.publish(space, parent, &blocks(space, chain)).await;
         if stored.iter().all(|stored| stored.is_stored()) {
             return;
@@ -58,9 +58,9 @@ pub async fn written(server: &Server, blocks: u64) {
 /// Waits until blocks survive a loss of power.
 ///
 /// # Panics
-/// When they do not in five seconds.
+/// When they do not in half a minute.
 pub async fn durable(client: &CacheClient, space: &KeySpace, chain: &[BlockHash]) {
-    for _ in 0..500 {
+    for _ in 0..crate::PATIENCE {
         let explained = client.explain(space.id(), chain).await.expect("it works");
         let is_durable = |block: &pb::BlockExplanation| matches!(&block.state, Some(pb::block_explanation::State::Resident(block)) if block.durable);
         if explained.iter().all(is_durable) {

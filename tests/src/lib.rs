@@ -98,13 +98,19 @@ pub async fn fetch_verified(client: &CacheClient, space: &KeySpace, hashes: &[Bl
     verified
 }
 
-/// Waits until `condition` holds; fails after ten seconds.
+/// Rounds of ten milliseconds that tests wait for something: half a minute, because machines may be slow.
+pub const PATIENCE: usize = 3000;
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// When it does not in half a minute.
 pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    for _ in 0..1000 {
+    for _ in 0..PATIENCE {
         if condition() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("still not after ten seconds: {what}");
+    panic!("still not after half a minute: {what}");
 }

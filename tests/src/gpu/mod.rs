@@ -85,7 +85,7 @@ impl Bench {
         self.stream.copy(vec![Copy { source, target }]).expect("issued");
         self.stream.record().expect("recorded").wait().expect("no failure");
         let mut pinned = pinned;
-        for _ in 0..1000 {
+        for _ in 0..10_000 {
             match self.device.reclaim(pinned) {
                 Ok(buffer) => return buffer.as_ref().to_vec(),
                 Err(back) => pinned = back,

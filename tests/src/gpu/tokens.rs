@@ -255,13 +255,13 @@ async fn through_the_cache(device: &ComputeDevice, seed: u64) {
 /// Waits until all of a prompt is in the cache.
 async fn found(client: &CacheClient, space: &KeySpace, prompt: &[u32]) {
     let names = cairn_proto::chain(space, prompt, |_| &[]);
-    for _ in 0..3000 {
+    for _ in 0..crate::PATIENCE {
         if client.lookup(space, &names).await.resident() == names.len() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("not after thirty seconds: {} blocks in the cache", names.len());
+    panic!("not after half a minute: {} blocks in the cache", names.len());
 }
 
 /// The prompt's blocks with another end, and then with one of them gone bad.
