@@ -17,7 +17,7 @@ use cairn_kernels::cuda::{HeadShape, LEAST_ARCHITECTURE, Program, SampleSetting,
 use cuda::CudaCompute;
 use host::HostCompute;
 pub(crate) use near::{Near, NearBlocks, NearRoom};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where a worker computes.
 #[derive(Clone, Debug, Default)]
@@ -297,4 +297,9 @@ fn moves(shape: &PagedShape, slots: &[Slot]) -> Vec<BlockMove> {
     let bytes = shape.block_bytes();
     let place = |(i, slot): (usize, &Slot)| BlockMove { staging_offset: i * bytes, slot: slot.0 as usize };
     slots.iter().enumerate().map(place).collect()
+}
+
+/// For maps and lists that loads share: every change is a single insertion or removal, so a panic elsewhere leaves the whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,13 +2,14 @@
 //! reached from here, and those in its host memory, for which no CPU reads a byte then. Other processes of the tenant can write to the memory of
 //! GPUs, so what counts is the checksum of the copy.
 
+use super::lock;
 use super::registered::Registered;
 use cairn_client::{GpuChunk, GpuUuid, View};
 use cairn_gpu::backend::cuda::{Checksums, CudaDevice, CudaMemory, CudaStream, IpcHandle, probe};
 use cairn_gpu::{Buffer, Copy, Device, DeviceError, Priority, Region, Stream};
 use cairn_proto::Checksum;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -301,9 +302,4 @@ fn close_unnamed(near: &Weak<Inner>) {
 
 fn units(bytes: usize) -> u32 {
     u32::try_from(bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX)
-}
-
-/// Every change is a single insertion or removal, so a panic elsewhere leaves the whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

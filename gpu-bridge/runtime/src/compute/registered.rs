@@ -1,9 +1,10 @@
 //! The cache server's host memory, registered with the device so that copies go straight out of it.
 
+use super::lock;
 use cairn_gpu::backend::cuda::{CudaDevice, CudaShared};
 use memmap2::MmapRaw;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 /// Mappings that are registered at a time, but for those in use: they keep memory that the server has given up from being freed.
@@ -89,9 +90,4 @@ impl Registered {
         let any = known.iter().find(|(_, registration)| unused(registration)).map(|(address, _)| *address)?;
         known.remove(&any)
     }
-}
-
-/// Every change is a single insertion or removal, so a panic elsewhere leaves the whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
